@@ -1,0 +1,3 @@
+"""Training data attribution and curation for language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,245 @@
+"""The configuration: one frozen model per section of `params.yaml`, loaded once and strictly.
+
+A section has the name of the stage that reads it. An unknown key is an error that lists the known ones.
+Defaults stand in `params.yaml` only, so every key must be present there.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A section of `params.yaml`; frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Prepare(Section):
+    """Where documents and targets come from, how they are cleaned, split and tokenised."""
+
+    documents: str = Field(min_length=1)  # builtin:python, a file or folder, or hub:<data set id>
+    split: str  # of a data set folder or hub id that has several splits
+    id_field: str  # empty: ids are made from source and content
+    text_field: str  # read when prompt_field is empty
+    prompt_field: str
+    completion_field: str
+    source_field: str  # empty: the file's name is the source of all rows
+    part_field: str  # says "general" or "mixed"; empty: general_sources decides
+    general_sources: list[str]  # the sources trained on in the first stage; the rest is the mixed part
+    targets: str  # own target set, read as documents are; empty: drawn from target_sources
+    target_sources: list[str]
+    num_targets: int = Field(ge=2)  # half for scoring, half for the verdict
+    num_heldout: int = Field(ge=1)  # general documents never trained on, for the general loss
+    max_documents: int = Field(ge=0)  # of the training set, drawn by hash of the id; 0: all
+    min_characters: int = Field(ge=0)
+    near_duplicate_threshold: float = Field(ge=0, le=1)  # Jaccard similarity of word shingles; 0: exact duplicates only
+    max_bad_rows: float = Field(ge=0, le=1)  # share of malformed rows above which the stage fails
+    damage: float = Field(ge=0, lt=1)  # positive control: share of training documents damaged on purpose; 0: off
+    tokenizer: str  # empty: the model's own, or a BPE trained on the corpus when the model is built here
+    vocabulary: int = Field(ge=258)  # of the BPE tokenizer trained here
+    context: int = Field(ge=8)  # tokens; a longer document is split into parts
+    seed: int
+
+
+class Architecture(Section):
+    """Shape of the Llama that is built when `train.model` is "llama"."""
+
+    hidden_size: int = Field(ge=8)
+    intermediate_size: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    tie_embeddings: bool
+
+
+class TrainingStage(Section):
+    """One stage of training: a number of passes over one part of the documents."""
+
+    part: Literal["general", "mixed", "all"]
+    epochs: float = Field(gt=0)
+
+
+class Train(Section):
+    """The model, its recipe, and where checkpoints are taken."""
+
+    model: str = Field(min_length=1)  # "llama": built as below; else a folder or hub id of a causal language model
+    architecture: Architecture
+    run: str  # an existing output folder of a Hugging Face Trainer, used instead of training
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: float = Field(gt=0)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    epsilon: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(ge=0)
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: float = Field(ge=0, lt=1)  # share of all steps
+    batch_size: int = Field(ge=1)  # documents
+    max_gradient_norm: float = Field(ge=0)  # 0: no clipping
+    stages: list[TrainingStage] = Field(min_length=1)
+    checkpoints: list[int] = Field(min_length=1)  # 0, 1, ..., C - 1; one gradients task each
+    seed: int
+
+    @model_validator(mode="after")
+    def _checkpoints_are_numbered(self):
+        if self.checkpoints != list(range(len(self.checkpoints))):
+            raise ValueError(f"checkpoints must be 0, 1, ..., C - 1 in order; got {self.checkpoints}")
+        return self
+
+
+class Segments(Section):
+    """How checkpoints are assigned to training segments."""
+
+    indices: list[int] = Field(min_length=1)  # 0, 1, ..., L - 1; one curvature task each
+    by: Literal["steps", "stages", "learning_rate"]
+
+    @model_validator(mode="after")
+    def _segments_are_numbered(self):
+        if self.indices != list(range(len(self.indices))):
+            raise ValueError(f"indices must be 0, 1, ..., L - 1 in order; got {self.indices}")
+        return self
+
+
+class Curvature(Section):
+    """EK-FAC of each segment."""
+
+    space: Literal["full", "projected"]
+    layers: str  # regular expression on module names
+    num_documents: int = Field(ge=0)  # drawn from the documents seen in the segment; 0: all of them
+    adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters; "none" is blind to it
+    seed: int
+
+
+class Gradients(Section):
+    """LoGra rows of every document at every checkpoint."""
+
+    projection: Literal["eigenbasis", "pca", "random"]
+    rank: int = Field(ge=1)  # on each side of every layer; a smaller layer keeps its size
+    dtype: Literal["float16", "float32"]
+    batch_tokens: int = Field(ge=1)
+    seed: int
+
+
+class Scores(Section):
+    """SOURCE and the baselines."""
+
+    measurement: Literal["loss", "margin", "log_probability"]
+    damping: float = Field(gt=0)  # of the EK-FAC influence baseline, in mean eigenvalues of the layer
+    seed: int  # of the random baseline
+
+
+class Curation(Section):
+    """What is done with the scores."""
+
+    action: Literal["drop", "reweight"]
+    method: str  # the score that decides
+    drop: float = Field(ge=0)  # below 1: a share of all documents; from 1: a count
+    threshold: float | None  # if set, documents that score below it are dropped, `drop` is then an upper bound
+    max_share_per_source: float = Field(gt=0, le=1)  # of one source's documents that may be dropped
+    min_weight: float = Field(ge=0)  # of reweight
+    max_weight: float = Field(gt=0)
+
+
+class Retraining(Section):
+    """Paired retraining on all, curated and randomly reduced data."""
+
+    seeds: list[int] = Field(min_length=2)
+
+
+class Evaluation(Section):
+    """The verdict's rule."""
+
+    confidence: float = Field(gt=0, lt=1)
+    max_general_loss_increase: float = Field(ge=0)  # nats per token, curated minus all
+
+
+class Report(Section):
+    """The page."""
+
+    title: str
+    num_examples: int = Field(ge=1)
+
+
+class Audit(Section):
+    """Limits of the scheduled audit; it fails when one is passed."""
+
+    scope: Literal["new", "all"]
+    max_share_harmful: float = Field(ge=0, le=1)
+    max_share_crossed: float = Field(ge=0, le=1)
+    max_source_shift: float = Field(ge=0)  # in standard deviations of the previous audit's scores
+
+
+class Compute(Section):
+    """Where the work runs. Results do not depend on the number of workers."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    workers: int = Field(ge=0)  # processes of one thread each on the CPU; 0: one per core
+
+
+class Config(Section):
+    """All sections of `params.yaml`."""
+
+    prepare: Prepare
+    train: Train
+    segments: Segments
+    curvature: Curvature
+    gradients: Gradients
+    scores: Scores
+    curation: Curation
+    retraining: Retraining
+    evaluation: Evaluation
+    report: Report
+    audit: Audit
+    compute: Compute
+
+
+def load_config(path: str | Path = "params.yaml") -> Config:
+    """The configuration in `path`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key is unknown, missing or has a wrong value; the message names each.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; run from the project's folder or give --params FILE")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}; got {type(values).__name__}")
+    return parse_config(values, origin=str(path))
+
+
+def parse_config(values: dict, *, origin: str) -> Config:
+    """`values` as a `Config`; `origin` names them in messages.
+
+    Raises:
+        ValueError: a key is unknown, missing or has a wrong value.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(problem, origin) for problem in error.errors())) from error
+
+
+def _explain(problem: dict, origin: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {key}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"{origin}: {key} is missing; every key must be set, the shipped params.yaml has all of them"
+    return f"{origin}: {key}: {problem['msg']}; got {problem.get('input')!r}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    section = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation if isinstance(part, str) else section
+        arguments = getattr(annotation, "__args__", None)
+        section = arguments[0] if arguments else annotation
+    return sorted(section.model_fields)
