@@ -1,0 +1,121 @@
+"""Documents as token rows, and batches of them with their masks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tda.artifacts import read_table
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents in a fixed order; a document's row number is its index here."""
+
+    ids: list[str]
+    sources: list[str]
+    parts: list[str]
+    content_hashes: list[str]
+    tokens: list[np.ndarray]  # int32 token ids, beginning-of-text included
+    loss_starts: np.ndarray  # index of the first token whose prediction counts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document."""
+        return np.array([len(row) for row in self.tokens], dtype=np.int64)
+
+    @property
+    def num_loss_tokens(self) -> np.ndarray:
+        """Predictions of every document that count in the loss."""
+        return self.lengths - self.loss_starts
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Documents":
+        """The documents in `rows`, in that order."""
+        return Documents(
+            ids=[self.ids[row] for row in rows],
+            sources=[self.sources[row] for row in rows],
+            parts=[self.parts[row] for row in rows],
+            content_hashes=[self.content_hashes[row] for row in rows],
+            tokens=[self.tokens[row] for row in rows],
+            loss_starts=self.loss_starts[np.asarray(rows, dtype=np.int64)],
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded token rows; `mask` marks real tokens, `loss_mask` the predictions that count."""
+
+    rows: list[int]  # row numbers of the documents
+    tokens: Int[Tensor, "batch token"]
+    mask: Bool[Tensor, "batch token"]
+    loss_mask: Bool[Tensor, "batch token-1"]  # of the prediction of token t + 1 at place t
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`."""
+        return Batch(self.rows, self.tokens.to(device), self.mask.to(device), self.loss_mask.to(device))
+
+
+def load_documents(path: Path, *, half: str | None = None) -> Documents:
+    """The documents that `prepare` wrote to `path`; of targets, one `half`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the table is empty.
+    """
+    table = read_table(path, stage="prepare")
+    if half is not None:
+        table = table.filter(pl.col("half") == half)
+    if table.is_empty():
+        raise ValueError(f"{path}: no documents{f' in half {half}' if half else ''}; expected at least one; see prepare in params.yaml")
+    return Documents(
+        ids=table["id"].to_list(),
+        sources=table["source"].to_list(),
+        parts=table["part"].to_list(),
+        content_hashes=table["content_hash"].to_list(),
+        tokens=[row.to_numpy() for row in table["tokens"]],
+        loss_starts=table["loss_start"].to_numpy().astype(np.int64),
+    )
+
+
+def make_batch(documents: Documents, rows: Sequence[int]) -> Batch:
+    """The documents in `rows`, padded on the right to the longest."""
+    lengths = np.array([len(documents.tokens[row]) for row in rows])
+    tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    for place, row in enumerate(rows):
+        tokens[place, : lengths[place]] = documents.tokens[row]
+    at = np.arange(tokens.shape[1])
+    mask = at < lengths[:, None]
+    predicted = at[1:]
+    loss_mask = (predicted >= documents.loss_starts[np.asarray(rows)][:, None]) & (predicted < lengths[:, None])
+    return Batch(list(rows), torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(loss_mask))
+
+
+def batch_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list[list[int]]:
+    """Row numbers of batches of at most `batch_tokens` padded tokens, longest documents first.
+
+    Sorted by length, so that there is little padding; a function of the lengths alone, so that a run that was killed
+    makes the same batches again. A document longer than `batch_tokens` gets a batch of its own.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    plan: list[list[int]] = []
+    for row in order.tolist():
+        longest = int(lengths[plan[-1][0]]) if plan else 0
+        if plan and longest * (len(plan[-1]) + 1) <= batch_tokens:
+            plan[-1].append(row)
+        else:
+            plan.append([row])
+    return plan
+
+
+def batches(documents: Documents, *, batch_tokens: int) -> Iterator[Batch]:
+    """All documents in batches of similar length, longest first."""
+    for rows in batch_plan(documents.lengths, batch_tokens=batch_tokens):
+        yield make_batch(documents, rows)
