@@ -56,7 +56,7 @@ class Batch:
     rows: list[int]  # row numbers of the documents
     tokens: Int[Tensor, "batch token"]
     mask: Bool[Tensor, "batch token"]
-    loss_mask: Bool[Tensor, "batch token-1"]  # of the prediction of token t + 1 at place t
+    loss_mask: Bool[Tensor, "batch prediction"]  # of the prediction of token t + 1 at place t
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`."""

@@ -1,0 +1,149 @@
+"""EK-FAC of a segment: covariances, eigenbasis, corrected eigenvalues (George et al. 2018; METHODS in arXiv 2308.03296, section 2).
+
+`A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's Hessian:
+the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training loss is
+`w` times the document's summed token loss. Labels at different tokens are drawn independently, so cross terms vanish in the mean, and one `w` makes
+this the diagonal of the Gauss-Newton matrix of the loss that was minimised.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tda.capture import at_least_float32, captured, token_losses
+from tda.data import Batch
+from tda.model import Layer
+from tda.projection import Projection, append_one, encode_inputs
+from tda.spectral import SpectralFn
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """Curvature of one linear layer, diagonal in a Kronecker eigenbasis."""
+
+    Q_A: Float[Tensor, "d_in d_in"]  # eigenvectors of the input covariance A
+    Q_S: Float[Tensor, "d_out d_out"]  # eigenvectors of the pseudo-gradient covariance S
+    Lambda: Float[Tensor, "d_out d_in"]  # mean squared rotated gradient, per document
+
+    def apply(self, f: SpectralFn, G: Float[Tensor, "*n d_out d_in"]) -> Float[Tensor, "*n d_out d_in"]:
+        """The matrix function f of the curvature, applied to gradients G."""
+        return self.Q_S @ (f(self.Lambda) * (self.Q_S.T @ G @ self.Q_A)) @ self.Q_A.T
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Sums over tokens of `a a^T` by group of layers and of `Ds Ds^T` by layer, so that merging is `+`."""
+
+    A: dict[str, Tensor]
+    S: dict[str, Tensor]
+    num_tokens: int
+
+    def __add__(self, other: "Covariances") -> "Covariances":
+        return Covariances(
+            A={name: self.A[name] + other.A[name] for name in self.A},
+            S={name: self.S[name] + other.S[name] for name in self.S},
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+
+def covariances(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    *,
+    generator: torch.Generator,
+    projections: dict[str, Projection] | None = None,
+) -> Covariances:
+    """Sums of the covariances over all tokens that a loss can depend on, in float32, with sampled labels.
+
+    With `projections`, those of the projected inputs and pseudo-gradients.
+    """
+    A: dict[str, Tensor] = {}
+    S: dict[str, Tensor] = {}
+    num_tokens = 0
+    counts: Tensor
+
+    def add_inputs(layer: Layer, a: Tensor) -> None:
+        a = append_one(at_least_float32(a), bias=layer.bias)
+        if projections is not None:
+            a = a @ projections[layer.name].P_i
+        _accumulate(A, layer.name, (a * counts).flatten(0, 1))
+
+    def add_pseudo_gradients(layer: Layer, _kept: None, Ds: Tensor) -> None:
+        Ds = at_least_float32(Ds)
+        if projections is not None:
+            Ds = Ds @ projections[layer.name].P_o
+        _accumulate(S, layer.name, Ds.flatten(0, 1))
+
+    with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
+        for batch in batches:
+            counts = F.pad(batch.mask[:, 1:], (0, 1))[:, :, None]  # the last token of a document predicts nothing
+            num_tokens += int(counts.sum())
+            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+    return Covariances(A, S, num_tokens)
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]) -> None:
+    if name in sums:
+        sums[name].addmm_(rows.T, rows)
+    else:
+        sums[name] = rows.T @ rows
+
+
+def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`(Q_A, Q_S)` of every layer, columns by falling eigenvalue; layers of one group share `Q_A`.
+
+    Raises:
+        ValueError: a covariance is not finite.
+    """
+    inputs = {name: _eigenvectors(A, f"inputs of {name}") for name, A in covariances.A.items()}
+    return {layer.name: (inputs[layer.group], _eigenvectors(covariances.S[layer.name], f"outputs of {layer.name}")) for layer in layers}
+
+
+def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
+    if not torch.isfinite(covariance).all():
+        raise ValueError(
+            f"curvature: the covariance of the {what} is not finite; likely the checkpoint has diverged (look at the training loss), "
+            "or activations overflow the model's dtype"
+        )
+    matrix = covariance.double()
+    _values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    vectors = vectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return (vectors * largest.sign()).to(covariance.dtype)  # a fixed sign, so that equal covariances give equal rows
+
+
+def corrected_eigenvalues(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    *,
+    basis: dict[str, tuple[Tensor, Tensor]],
+    weights: Float[Tensor, " document"],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], int]:
+    """Sums over documents of `w (Q_S^T G Q_A)^2` with sampled labels, and the number of documents.
+
+    `weights` holds every document's `w`, by row number. Activations and pseudo-gradients are rotated before their product.
+    """
+    Lambda = {name: Q_A.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}
+    num_documents = 0
+    w: Tensor
+
+    def rotate_inputs(layer: Layer, a: Tensor) -> Tensor:
+        return encode_inputs(at_least_float32(a), basis[layer.name][0], bias=layer.bias)
+
+    def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
+        G = (at_least_float32(Ds) @ basis[layer.name][1]).mT @ rotated
+        Lambda[layer.name] += torch.tensordot(w, G.square_(), dims=1)
+
+    with captured(model, layers, encode=rotate_inputs, consume=add_squares):
+        for batch in batches:
+            w = weights[batch.rows]
+            num_documents += len(batch.rows)
+            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+    return Lambda, num_documents

@@ -1,0 +1,215 @@
+"""The curvature of a segment: fitted over its checkpoints, saved, loaded, and turned into projections and preconditioners."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tda.artifacts import existing, whole
+from tda.data import Documents, batch_plan, make_batch
+from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
+from tda.model import Layer, tracked_layers
+from tda.parallel import parallel_map
+from tda.preconditioner import LayerCurvature, plain, scalar, scaled_eigenbasis, scaled_factors
+from tda.projection import Projection, random_projections
+
+NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
+
+
+@dataclass(frozen=True)
+class SegmentFactors:
+    """EK-FAC factors of every tracked layer of one segment.
+
+    In projected space they are those of projected gradients, and `projections` says how to project. `P` is the optimizer's
+    preconditioner averaged over the segment's checkpoints, by layer, empty without one. `scaled` are the factors of P^(1/2) G, if fitted.
+    """
+
+    layers: list[Layer]
+    plain: dict[str, EKFAC]
+    scaled: dict[str, EKFAC]
+    P: dict[str, Tensor]
+    projections: dict[str, Projection]  # empty in full space
+    num_documents: int
+
+    def curvature(self, adam: str) -> dict[str, LayerCurvature]:
+        """What SOURCE applies to a query: by layer, with AdamW's P as `adam` says ("none", "scalar", "symmetric").
+
+        Raises:
+            ValueError: the factors were fitted without what `adam` needs.
+        """
+        if adam == "none" or not self.P:
+            return {name: plain(factors) for name, factors in self.plain.items()}
+        if adam == "scalar":
+            return {name: scalar(factors, self.P[name]) for name, factors in self.plain.items()}
+        if not self.scaled:
+            raise ValueError("curvature.adam: symmetric was asked for, but these factors were fitted without; run `dvc repro curvature`")
+        return {name: LayerCurvature(factors, self.P[name].sqrt()) for name, factors in self.scaled.items()}
+
+    def row_projections(self, *, kind: str, rank: int, seed: int) -> dict[str, Projection]:
+        """How a gradient becomes a stored row.
+
+        "eigenbasis": the eigenvectors with the largest corrected eigenvalues on each side; "pca": those with the largest covariances (LoGra's
+        PCA); "random": orthonormal at random. In projected space: the projections that the factors were fitted in.
+        """
+        if self.projections:
+            return self.projections
+        if kind == "random":
+            return random_projections(self.layers, rank=rank, seed=seed)
+        return {name: _leading(factors, rank=rank, corrected=kind == "eigenbasis") for name, factors in self.plain.items()}
+
+
+def _leading(factors: EKFAC, *, rank: int, corrected: bool) -> Projection:
+    def side(Q: Tensor, eigenvalues: Tensor) -> Tensor:
+        chosen = eigenvalues.argsort(descending=True, stable=True)[:rank] if corrected else torch.arange(min(rank, Q.shape[1]))
+        return Q[:, chosen].contiguous()
+
+    return Projection(side(factors.Q_A, factors.Lambda.sum(dim=0)), side(factors.Q_S, factors.Lambda.sum(dim=1)))
+
+
+def fit_factors(
+    checkpoints: Sequence[str | int],
+    load: Callable[[str | int], nn.Module],
+    documents: Documents,
+    *,
+    pattern: str,
+    weight: float,
+    P: dict[str, Tensor],
+    adam: str,
+    projections: Callable[[list[Layer]], dict[str, Projection]] | None,
+    batch_tokens: int,
+    seed: int,
+    workers: int,
+    device: torch.device,
+) -> SegmentFactors:
+    """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
+
+    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on a document's summed token loss.
+    With `projections`, everything happens in projected space. Parts of the documents are done in parallel on the CPU.
+    """
+    layers = tracked_layers(load(checkpoints[-1]).to(device), pattern)
+    chosen = projections(layers) if projections else None
+    plan = batch_plan(documents.lengths, batch_tokens=batch_tokens)
+    weights = torch.full((len(documents),), weight, device=device)
+    parts = [(checkpoint, shard) for checkpoint in checkpoints for shard in range(NUM_SHARDS)]
+    cached = functools.lru_cache(maxsize=1)(lambda checkpoint: load(checkpoint).to(device))
+
+    def run(work: Callable, description: str, salt: int) -> list:
+        def one(part: tuple[str | int, int]):
+            checkpoint, shard = part
+            number = checkpoints.index(checkpoint) * NUM_SHARDS + shard
+            generator = torch.Generator(device).manual_seed((seed * 8 + salt) * 2**20 + number)
+            batches = (make_batch(documents, rows).to(device) for rows in plan[shard::NUM_SHARDS])
+            return work(cached(checkpoint), batches, generator)
+
+        return list(parallel_map(one, parts, workers=workers, description=description))
+
+    def basis_of(sums: Covariances) -> dict[str, tuple[Tensor, Tensor]]:
+        return eigenbasis(sums, layers)
+
+    sums = functools.reduce(
+        Covariances.__add__,
+        run(lambda model, batches, generator: covariances(model, layers, batches, generator=generator, projections=chosen), "covariances", 1),
+    )
+    basis = basis_of(sums)
+    rotated = basis if chosen is None else {name: (chosen[name].P_i @ Q_A, chosen[name].P_o @ Q_S) for name, (Q_A, Q_S) in basis.items()}
+    plain_Lambda = _mean_eigenvalues(
+        run(
+            lambda model, batches, generator: corrected_eigenvalues(
+                model, layers, batches, basis=rotated, weights=weights, generator=generator
+            ),
+            "eigenvalues",
+            2,
+        )
+    )
+    scaled = {}
+    if adam == "symmetric":
+        root_P = {name: value.to(device).sqrt() for name, value in P.items()}
+
+        def fit_scaled(basis: dict | None):
+            return lambda model, batches, generator: scaled_factors(
+                model, layers, batches, root_P=root_P, basis=basis, weights=weights, generator=generator
+            )
+
+        scaled_sums = functools.reduce(Covariances.__add__, (part for part, _ in run(fit_scaled(None), "scaled covariances", 3)))
+        scaled_basis = scaled_eigenbasis(scaled_sums, layers)
+        parts_Lambda = [(Lambda, part.num_tokens) for part, Lambda in run(fit_scaled(scaled_basis), "scaled eigenvalues", 4)]
+        scaled = _factors(scaled_basis, _mean_eigenvalues(parts_Lambda))
+    return SegmentFactors(layers, _factors(basis, plain_Lambda), scaled, P, chosen or {}, len(documents))
+
+
+def _mean_eigenvalues(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
+    num_documents = sum(count for _, count in parts)
+    return {name: sum(Lambda[name] for Lambda, _ in parts) / num_documents for name in parts[0][0]}
+
+
+def _factors(basis: dict[str, tuple[Tensor, Tensor]], Lambda: dict[str, Tensor]) -> dict[str, EKFAC]:
+    return {name: EKFAC(Q_A, Q_S, Lambda[name]) for name, (Q_A, Q_S) in basis.items()}
+
+
+def save_factors(path: Path, factors: SegmentFactors) -> None:
+    """Write `factors` to `path`; an input side that layers share is written once.
+
+    Raises:
+        ValueError: a factor is not finite.
+    """
+    tensors = {}
+    for layer in factors.layers:
+        for kind, held in (("plain", factors.plain), ("scaled", factors.scaled)):
+            if layer.name in held:
+                shared = layer.group if kind == "plain" else layer.name
+                tensors[f"{kind}.Q_A.{shared}"] = held[layer.name].Q_A
+                tensors[f"{kind}.Q_S.{layer.name}"] = held[layer.name].Q_S
+                tensors[f"{kind}.Lambda.{layer.name}"] = held[layer.name].Lambda
+        if layer.name in factors.P:
+            tensors[f"P.{layer.name}"] = factors.P[layer.name]
+        if layer.name in factors.projections:
+            tensors[f"P_i.{layer.group}"] = factors.projections[layer.name].P_i
+            tensors[f"P_o.{layer.name}"] = factors.projections[layer.name].P_o
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"curvature: {bad[0]} is not finite; likely the checkpoint has diverged: look at the training loss")
+    metadata = {"layers": json.dumps([asdict(layer) for layer in factors.layers]), "num_documents": str(factors.num_documents)}
+    with whole(path) as part:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
+
+
+def load_factors(path: Path) -> SegmentFactors:
+    """The factors in `path`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+    """
+    with safe_open(existing(path, stage="curvature"), "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    layers = [Layer(**values) for values in json.loads(metadata["layers"])]
+
+    def held(kind: str) -> dict[str, EKFAC]:
+        return {
+            layer.name: EKFAC(
+                tensors[f"{kind}.Q_A.{layer.group if kind == 'plain' else layer.name}"],
+                tensors[f"{kind}.Q_S.{layer.name}"],
+                tensors[f"{kind}.Lambda.{layer.name}"],
+            )
+            for layer in layers
+            if f"{kind}.Lambda.{layer.name}" in tensors
+        }
+
+    return SegmentFactors(
+        layers=layers,
+        plain=held("plain"),
+        scaled=held("scaled"),
+        P={layer.name: tensors[f"P.{layer.name}"] for layer in layers if f"P.{layer.name}" in tensors},
+        projections={
+            layer.name: Projection(tensors[f"P_i.{layer.group}"], tensors[f"P_o.{layer.name}"])
+            for layer in layers
+            if f"P_o.{layer.name}" in tensors
+        },
+        num_documents=int(metadata["num_documents"]),
+    )

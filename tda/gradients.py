@@ -1,0 +1,64 @@
+"""Per-document gradients: LoGra rows for the store, full gradients of a few queries."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tda.capture import Measurement, captured, token_costs, token_losses
+from tda.data import Batch
+from tda.model import Layer
+from tda.projection import Projection, append_one, encode_inputs
+
+
+def gradient_rows(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, *, projections: dict[str, Projection], weight: float
+) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
+    """The projected gradient `P_o^T G P_i` of every document's training loss, all layers side by side; and its mean token loss (nats).
+
+    `weight` is the training loss's factor on a document's summed token loss.
+    """
+    rows: dict[str, Tensor] = {}
+
+    def project_inputs(layer: Layer, a: Tensor) -> Tensor:
+        return encode_inputs(a, projections[layer.name].P_i, bias=layer.bias)
+
+    def add_rows(layer: Layer, projected: Tensor, Ds: Tensor) -> None:
+        rows[layer.name] = torch.bmm((Ds @ projections[layer.name].P_o).mT, projected).flatten(1)
+
+    with captured(model, layers, encode=project_inputs, consume=add_rows):
+        losses = token_losses(model, batch).sum(dim=1)
+        losses.sum().backward()
+    return weight * torch.cat([rows[layer.name] for layer in layers], dim=1), losses.detach() / batch.loss_mask.sum(dim=1)
+
+
+def query_gradients(
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch], *, measurement: Measurement
+) -> tuple[dict[str, Float[Tensor, "query d_out d_in"]], list[int]]:
+    """The full gradient of every query's mean cost per token, by layer, and the queries' row numbers in their order.
+
+    A cost is lower where the model does better: the loss, minus the margin, or minus the log-probability.
+    """
+    gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    order: list[int] = []
+
+    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
+        return append_one(a, bias=layer.bias)
+
+    def add_gradients(layer: Layer, a: Tensor, Ds: Tensor) -> None:
+        gradients[layer.name].append(Ds.mT @ a)
+
+    with captured(model, layers, encode=keep_inputs, consume=add_gradients):
+        for batch in batches:
+            costs = token_costs(model, batch, measurement=measurement).sum(dim=1) / batch.loss_mask.sum(dim=1)
+            costs.sum().backward()
+            order += batch.rows
+    return {name: torch.cat(held) for name, held in gradients.items()}, order
+
+
+def project_queries(
+    gradients: dict[str, Float[Tensor, "query d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
+) -> Float[Tensor, "query values"]:
+    """Full gradients as rows, in the layout of `gradient_rows`."""
+    return torch.cat([projections[layer.name].apply(gradients[layer.name]).flatten(1) for layer in layers], dim=1)

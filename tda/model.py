@@ -1,0 +1,146 @@
+"""The language model: built or loaded, and which of its linear layers are tracked."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tda.config import Architecture
+
+PROBE_TOKENS = 4  # any few tokens show which layers share an input
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tracked linear layer; its gradient is (d_out, d_in), with the bias as last column if there is one."""
+
+    name: str
+    d_in: int  # one more than the layer's inputs where there is a bias
+    d_out: int
+    bias: bool
+    group: str  # layers of one group read the same input; named after its first layer
+
+
+def build_model(architecture: Architecture, *, vocabulary: int, context: int, seed: int) -> nn.Module:
+    """A Llama of the given shape with random weights, in eval mode; equal seeds give equal weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_key_value_heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=architecture.tie_embeddings,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def load_model(name: str | Path) -> nn.Module:
+    """The causal language model in a folder or under a hub id, in float32 and eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or its weights are missing or truncated.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
+    except (OSError, SafetensorError, EOFError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{name}: no causal language model could be loaded: {str(error).splitlines()[0]}; expected a folder with config.json and "
+            "whole weights, or a hub id that can be reached; if a checkpoint was cut short, remove it and run the stage that makes it again"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing or report["mismatched_keys"]:
+        raise FileNotFoundError(
+            f"{name}: the weights do not fit the model: missing {missing[:3]}, of another shape {list(report['mismatched_keys'])[:3]}; "
+            "expected a checkpoint of the architecture that its config.json names"
+        )
+    return model.eval()
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `Linear` and transformers `Conv1D` by name, except those that share the weight of an embedding."""
+    from transformers.pytorch_utils import Conv1D
+
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in embeddings
+    }
+
+
+def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
+    """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
+
+    A few tokens are run through the model to see which layers read the same input: it is projected once.
+
+    Raises:
+        ValueError: no layer matches, or one is used more than once, so that its gradient is not one outer product per token.
+    """
+    modules = linear_modules(model)
+    chosen = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
+    if not chosen:
+        raise ValueError(
+            f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are {', '.join(list(modules)[:8])}, ..."
+        )
+    calls: list[tuple[str, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, args[0])))
+        for name, module in chosen.items()
+    ]
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    repeated = {name for name, count in Counter(name for name, _ in calls).items() if count > 1}
+    repeated |= _shared_weights(chosen)
+    if repeated:
+        raise ValueError(
+            f"curvature.layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
+            "use of their own; leave them out with the pattern curvature.layers"
+        )
+    layers: dict[str, Layer] = {}
+    leaders: dict[tuple[int, bool], str] = {}
+    for name, inputs in calls:
+        module = chosen[name]
+        bias = module.bias is not None
+        d_in, d_out = weight_shape(module)
+        group = leaders.setdefault((id(inputs), bias), name)
+        layers.setdefault(name, Layer(name, d_in + bias, d_out, bias, group))
+    return list(layers.values())
+
+
+def _shared_weights(modules: dict[str, nn.Module]) -> set[str]:
+    uses = Counter(id(module.weight) for module in modules.values())
+    return {name for name, module in modules.items() if uses[id(module.weight)] > 1}
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a `Linear` or `Conv1D`, whose weights are stored the other way round."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+
+
+def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A weight-shaped and a bias-shaped tensor as one (d_out, d_in) matrix, the bias as its last column."""
+    matrix = weight if isinstance(module, nn.Linear) else weight.T
+    return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

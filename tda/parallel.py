@@ -1,0 +1,91 @@
+"""Work spread over processes of one thread each, with results that do not depend on their number."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from tda.config import Compute
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def device_of(compute: Compute) -> torch.device:
+    """The device that `compute.device` names; "auto" is CUDA where there is any.
+
+    Raises:
+        ValueError: CUDA is asked for and absent.
+    """
+    available = torch.cuda.is_available()
+    if compute.device == "cuda" and not available:
+        raise ValueError("compute.device: cuda was asked for, but torch finds no CUDA device; set it to auto or cpu")
+    return torch.device("cuda" if available and compute.device != "cpu" else "cpu")
+
+
+def num_workers(compute: Compute) -> int:
+    """Processes to use: one on a GPU; else `TDA_WORKERS` of the environment, `compute.workers`, or one per core."""
+    if device_of(compute).type == "cuda":
+        return 1
+    return int(os.environ.get("TDA_WORKERS", 0)) or compute.workers or len(os.sched_getaffinity(0))
+
+
+def parallel_map(
+    function: Callable[[Item], Result], items: Sequence[Item], *, workers: int, description: str, unit: str = "part"
+) -> Iterator[Result]:
+    """`function` of every item, in their order, with a progress bar.
+
+    Processes are forked, so `function` may be a closure; call this before anything that starts threads. The first error ends the rest.
+    """
+    torch.set_num_threads(1)
+    with tqdm(total=len(items), desc=description, unit=unit, disable=not progress_is_shown()) as bar:
+        if workers <= 1 or len(items) <= 1:
+            for item in items:
+                yield function(item)
+                bar.update()
+            return
+        _inherited["function"] = function
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(workers, len(items)), mp_context=fork, initializer=_start_worker) as pool:
+            with warnings.catch_warnings():
+                # Python 3.12 warns of fork beside threads; the children run torch on one thread and touch nothing else.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                results = pool.map(_call, items)
+            try:
+                for result in results:
+                    yield result
+                    bar.update()
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"{description}: a worker process was killed, most often for want of memory; set compute.workers lower and run again"
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def progress_is_shown() -> bool:
+    """Whether progress bars are drawn: on a terminal, or where `TDA_PROGRESS` is set."""
+    return sys.stderr.isatty() or bool(os.environ.get("TDA_PROGRESS"))
+
+
+_inherited: dict[str, Callable[[Any], Any]] = {}  # what forked workers run; a closure cannot be pickled
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no orphans
+
+
+def _call(item: Any) -> Any:
+    return _inherited["function"](item)

@@ -1,0 +1,104 @@
+"""The curvature of one segment as an optimizer sees it: `respond` and `decay`, the two things SOURCE asks of a segment.
+
+With a diagonal preconditioner P, an update is theta <- theta - eta P g, and with M = P^(1/2) H P^(1/2) (symmetric, METHODS: SOURCE appendix C
+in symmetric form; `w` is decoupled weight decay):
+
+    respond(q) = P^(1/2) F_r(M) P^(1/2) q          decay(q) = P^(-1/2) F_S(M) P^(1/2) q      (the transpose of exp(-eta K P H))
+
+`M` is an EK-FAC of gradients scaled by P^(1/2). A scalar P per layer multiplies the eigenvalues of a plain EK-FAC; SGD is P = 1.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tda.capture import at_least_float32, captured, token_losses
+from tda.data import Batch
+from tda.ekfac import EKFAC, Covariances, eigenbasis
+from tda.model import Layer
+from tda.projection import append_one
+from tda.spectral import segment_decay, segment_response
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """EK-FAC of M = P^(1/2) H P^(1/2) for one layer, and P^(1/2), of the gradient's shape or a scalar."""
+
+    M: EKFAC
+    root_P: Tensor
+
+    def respond(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
+        """How a query feels a gradient that acts all through the segment."""
+        return self.root_P * self.M.apply(segment_response(time, weight_decay=weight_decay), self.root_P * q)
+
+    def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
+        """The query seen from the segment's beginning."""
+        return self.M.apply(segment_decay(time, weight_decay=weight_decay), self.root_P * q) / self.root_P
+
+
+def plain(factors: EKFAC) -> LayerCurvature:
+    """The curvature under SGD, P = 1."""
+    return LayerCurvature(factors, factors.Lambda.new_ones(()))
+
+
+def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
+    """The curvature under one P for the whole layer: the median of its values, which dead units (v near 0, P enormous) do not move."""
+    p = P.flatten().median()
+    return LayerCurvature(replace(factors, Lambda=p * factors.Lambda), p.sqrt())
+
+
+def adam_preconditioner(
+    second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float
+) -> Float[Tensor, "..."]:
+    """P = 1 / (sqrt(v / (1 - beta2^t)) + epsilon), elementwise."""
+    return 1 / ((second_moment / (1 - beta2**step)).sqrt() + epsilon)
+
+
+def scaled_factors(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    *,
+    root_P: dict[str, Tensor],
+    basis: dict[str, tuple[Tensor, Tensor]] | None,
+    weights: Float[Tensor, " document"],
+    generator: torch.Generator,
+) -> tuple[Covariances, dict[str, Tensor]]:
+    """Sums over documents for the EK-FAC of M, with sampled labels, from gradients scaled by `root_P`.
+
+    Without a `basis`: of `w G G^T` and `w G^T G`, whose eigenvectors are the basis. With one: of `w (Q_S^T G Q_A)^2`.
+    Scaled gradients are not outer products, so each document's is formed in full; the cost is that of a weight gradient per document.
+    """
+    A: dict[str, Tensor] = {}
+    S: dict[str, Tensor] = {}
+    Lambda: dict[str, Tensor] = {}
+    num_documents = 0
+    w: Tensor
+
+    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
+        return append_one(at_least_float32(a), bias=layer.bias)
+
+    def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
+        G = root_P[layer.name] * (at_least_float32(Ds).mT @ a)
+        if basis is None:
+            scaled = w[:, None, None] * G
+            A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", scaled, G)
+            S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", scaled, G)
+        else:
+            Q_A, Q_S = basis[layer.name]
+            Lambda[layer.name] = Lambda.get(layer.name, 0) + torch.tensordot(w, (Q_S.T @ G @ Q_A).square_(), dims=1)
+
+    with captured(model, layers, encode=keep_inputs, consume=add):
+        for batch in batches:
+            w = weights[batch.rows]
+            num_documents += len(batch.rows)
+            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+    return Covariances(A, S, num_documents), Lambda
+
+
+def scaled_eigenbasis(sums: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`(Q_A, Q_S)` of scaled gradients; here every layer has an input side of its own."""
+    return eigenbasis(sums, [replace(layer, group=layer.name) for layer in layers])

@@ -1,0 +1,145 @@
+"""Training segments: which checkpoints belong to which stretch of the trajectory, and what every document received there.
+
+SOURCE (arXiv 2405.12186, section 3) sees a segment only through its summed learning rate, here `eta_bar K`, and its checkpoints.
+Where the paper's derivation takes every document to be drawn equally often (1/N of the segment's learning rate each), the trajectory says
+what each one received: documents of another training stage received nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training whose curvature and gradients are taken as constant."""
+
+    index: int
+    checkpoints: list[int]
+    first_step: int
+    last_step: int
+    num_steps: int  # K
+    mean_learning_rate: float  # eta_bar, of the effective rates: clipping and momentum included
+    tokens_per_document: float  # mean predicted tokens of the documents seen here: the training loss is a mean over tokens
+
+    @property
+    def time(self) -> float:
+        """eta_bar K, the summed learning rate."""
+        return self.mean_learning_rate * self.num_steps
+
+
+def effective_learning_rates(trajectory: pl.DataFrame, *, optimizer: str, momentum: float) -> np.ndarray:
+    """What a constant gradient is multiplied by at each step.
+
+    Heavy-ball momentum multiplies by 1 / (1 - momentum) (SOURCE, appendix D.2) and clipping by its scale. AdamW's update is normalised
+    already, and does not change with the length of the gradient.
+    """
+    rates = trajectory["learning_rate"].to_numpy()
+    return rates if optimizer == "adamw" else rates * trajectory["gradient_scale"].to_numpy() / (1 - momentum)
+
+
+def segment_ends(
+    checkpoint_steps: Sequence[int], num_segments: int, *, by: str, rates: np.ndarray, stage_ends: Sequence[int]
+) -> list[int]:
+    """For every segment, the number of checkpoints up to its end.
+
+    "steps" gives each segment the same number of checkpoints (one more to the first ones if uneven), "learning_rate" the same summed learning
+    rate, "stages" a boundary at the end of each training stage, the longer stages being divided further.
+
+    Raises:
+        ValueError: there are fewer checkpoints than segments, or than the training stages need.
+    """
+    num_checkpoints = len(checkpoint_steps)
+    if num_checkpoints < num_segments:
+        raise ValueError(
+            f"segments: {num_checkpoints} checkpoints cannot be divided into {num_segments} segments, each needs one; "
+            f"set segments.indices to {list(range(num_checkpoints))} or fewer, or train.checkpoints to more"
+        )
+    if by == "steps":
+        sizes = [len(part) for part in np.array_split(np.arange(num_checkpoints), num_segments)]
+        return np.cumsum(sizes).tolist()
+    if by == "learning_rate":
+        received = np.cumsum(rates)[np.asarray(checkpoint_steps) - 1]
+        return _nearest_ends(received, num_segments)
+    return _stage_ends(checkpoint_steps, num_segments, stage_ends)
+
+
+def _nearest_ends(received: np.ndarray, num_segments: int) -> list[int]:
+    """Split checkpoints so that each segment receives nearly the same amount, and has at least one."""
+    ends: list[int] = []
+    for index in range(1, num_segments):
+        wanted = received[-1] * index / num_segments
+        nearest = int(np.abs(received - wanted).argmin()) + 1
+        lowest = (ends[-1] if ends else 0) + 1
+        ends.append(min(max(nearest, lowest), len(received) - (num_segments - index)))
+    return [*ends, len(received)]
+
+
+def _stage_ends(checkpoint_steps: Sequence[int], num_segments: int, stage_ends: Sequence[int]) -> list[int]:
+    stages: list[list[int]] = []  # the checkpoints of every stage
+    begin = 0
+    for end in stage_ends:
+        stages.append([number for number, step in enumerate(checkpoint_steps) if begin < step <= end])
+        begin = end
+    if num_segments < len(stages):
+        raise ValueError(
+            f"segments: {num_segments} segments for {len(stages)} training stages; expected at least one each; add to segments.indices, "
+            "or set segments.by to steps"
+        )
+    empty = [number for number, held in enumerate(stages) if not held]
+    if empty:
+        raise ValueError(f"segments: training stage {empty[0]} has no checkpoint; add to train.checkpoints, or set segments.by to steps")
+    parts = [1] * len(stages)
+    while sum(parts) < num_segments:  # divide the stage with the most checkpoints per segment
+        longest = max(range(len(stages)), key=lambda number: len(stages[number]) / parts[number])
+        parts[longest] += 1
+    sizes = [len(piece) for held, number in zip(stages, parts, strict=True) for piece in np.array_split(held, number)]
+    if min(sizes) == 0:
+        raise ValueError(f"segments: the stages' checkpoints {stages} do not divide into {num_segments} segments; add to train.checkpoints")
+    return np.cumsum(sizes).tolist()
+
+
+def make_segments(
+    checkpoint_steps: Sequence[int],
+    ends: Sequence[int],
+    *,
+    rates: np.ndarray,
+    exposure: np.ndarray | None,
+    tokens: np.ndarray,
+) -> list[Segment]:
+    """The segments; `exposure` (document, segment) weighs the mean number of `tokens` (document), None: evenly."""
+    segments = []
+    for index, end in enumerate(ends):
+        begin = ends[index - 1] if index else 0
+        first = checkpoint_steps[begin - 1] + 1 if begin else 1
+        last = checkpoint_steps[end - 1]
+        received = np.ones(len(tokens)) if exposure is None else exposure[:, index]
+        segments.append(
+            Segment(
+                index=index,
+                checkpoints=list(range(begin, end)),
+                first_step=first,
+                last_step=last,
+                num_steps=last - first + 1,
+                mean_learning_rate=float(rates[first - 1 : last].mean()),
+                tokens_per_document=float(received @ tokens / received.sum()),
+            )
+        )
+    return segments
+
+
+def document_exposure(
+    trajectory: pl.DataFrame, last_steps: Sequence[int], *, rates: np.ndarray, num_documents: int
+) -> np.ndarray:
+    """(document, segment): the share of the segment's learning rate that went through the document; columns sum to 1.
+
+    A step of batch size B gives each of its documents 1/B of its learning rate. A run that drew all documents equally often has 1/N everywhere.
+    """
+    exposure = np.zeros((num_documents, len(last_steps)))
+    segment = np.searchsorted(np.asarray(last_steps), trajectory["step"].to_numpy())
+    for at, rate, rows in zip(segment, rates, trajectory["documents"].to_list(), strict=True):
+        if at < len(last_steps):
+            np.add.at(exposure[:, at], rows, rate / len(rows))
+    return exposure / exposure.sum(axis=0)

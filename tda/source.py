@@ -1,0 +1,45 @@
+"""SOURCE: a query walked backwards through the segments of training (arXiv 2405.12186, section 3).
+
+    q_L = gradient of the query at the final checkpoint
+    for segment l = L, ..., 1:   u_l = respond_l(q_l)     q_{l-1} = decay_l(q_l)
+    score(n) = sum over l of  exposure_l(n) * mean over the segment's checkpoints of < u_l, G_n >
+
+`exposure_l(n)` is 1/N in the paper. Removing document n moves the weights by `sum_l exposure_l decay... respond_l G_n`, so the score is the predicted rise
+of the query's cost when the document is left out: positive helps. Linear in `G_n`, and in the query.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tda.preconditioner import LayerCurvature
+
+Gradients = dict[str, Tensor]  # by layer, (query, d_out, d_in)
+
+
+@dataclass(frozen=True)
+class SegmentDynamics:
+    """What a segment does to a query."""
+
+    index: int
+    curvature: dict[str, LayerCurvature]
+    time: float  # eta_bar K
+    weight_decay: float
+
+    def respond(self, query: Gradients) -> Gradients:
+        """How the query feels a gradient that acts all through the segment."""
+        return {
+            name: layer.respond(query[name], time=self.time, weight_decay=self.weight_decay) for name, layer in self.curvature.items()
+        }
+
+    def decay(self, query: Gradients) -> Gradients:
+        """The query seen from the segment's beginning."""
+        return {name: layer.decay(query[name], time=self.time, weight_decay=self.weight_decay) for name, layer in self.curvature.items()}
+
+
+def walk_back(query: Gradients, segments: Sequence[SegmentDynamics]) -> Iterator[tuple[SegmentDynamics, Gradients]]:
+    """Every segment, the last one first, with the query's response there."""
+    for segment in reversed(segments):
+        yield segment, segment.respond(query)
+        query = segment.decay(query)
