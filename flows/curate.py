@@ -1,0 +1,144 @@
+"""The flow `curate`: the whole pipeline, a task per stage, in the order of DVC's graph.
+
+`python -m flows.curate` runs it on Prefect's embedded server; `prefect deployment run curate/llm` on a real one.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows import graph
+from flows.settings import override
+from flows.slots import Slots, environments
+from tda.artifacts import Workspace
+from tda.config import load_config
+
+MAX_TASKS = 64  # threads; most of them wait
+
+
+def _another_try_can_help(task, run, state) -> bool:
+    """Not if the input is wrong, or someone stopped the stage: only if it was killed, or a lock was taken."""
+    error = state.data if isinstance(state.data, Exception) else state.result(raise_on_failure=False)
+    return isinstance(error, graph.StageError) and error.by_chance
+
+
+@task(
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_another_try_can_help,
+)
+def run_stage(stage: str, root: str, slots: Slots | None) -> str:
+    """One stage as a process: "ran", or "up to date"."""
+    log = get_run_logger().info
+    if slots is None:
+        ran = graph.run_stage(stage, Path(root), environment={}, log=log)
+    else:
+        with slots.one() as environment:
+            ran = graph.run_stage(stage, Path(root), environment=environment, log=log)
+    return "ran" if ran else "up to date"
+
+
+def _end_stages(flow, flow_run, state) -> None:
+    """End the stages of a flow that was cancelled or crashed."""
+    graph.reap(Path(flow_run.parameters.get("root", ".")))
+
+
+@flow(
+    name="curate",
+    task_runner=ThreadPoolTaskRunner(max_workers=MAX_TASKS),
+    on_cancellation=[_end_stages],
+    on_crashed=[_end_stages],
+)
+def curate(params: dict[str, Any] | None = None, root: str = ".") -> dict[str, str]:
+    """From documents to a curated data set and its verdict: what happened to each stage.
+
+    `params` sets keys of params.yaml for good, such as {"curation.drop": 0.05}, and so stays part of what can be reproduced.
+    """
+    folder = Path(root)
+    with graph.only_flow(folder):
+        override(folder / "params.yaml", params or {})
+        outcomes = {} if graph.is_clean(folder) else _walk(folder)
+    if not outcomes:
+        get_run_logger().info("Nothing has changed since the last run; nothing to do.")
+    publish(Workspace(folder))
+    return outcomes
+
+
+def _walk(root: Path) -> dict[str, str]:
+    """Run every stage after those it needs.
+
+    Raises:
+        StageError: at least one failed; the message names each, and what was not started.
+    """
+    needs = graph.load_graph(root)
+    device = load_config(root / "params.yaml").compute.device
+    num_parts = Counter(stage.split("@")[0] for stage in needs if "@" in stage)
+    slots = {name: Slots(environments(count, device=device)) for name, count in num_parts.items()}
+    futures = {}
+    for stage, needed in needs.items():
+        after = [futures[name] for name in needed]
+        futures[stage] = run_stage.submit(stage, str(root), slots.get(stage.split("@")[0]), wait_for=after)
+    wait(list(futures.values()))
+    states = {stage: future.state for stage, future in futures.items()}
+    failed = [stage for stage, state in states.items() if state.is_failed() or state.is_crashed()]
+    if failed:
+        reasons = "\n".join(str(states[stage].result(raise_on_failure=False)) for stage in failed)
+        waiting = [stage for stage, state in states.items() if not state.is_final()]
+        not_started = f"\nNot started: {', '.join(waiting)}." if waiting else ""
+        raise graph.StageError(f"{reasons}{not_started}\nEverything else is finished and kept; mend the cause and run again.")
+    return {stage: state.result() for stage, state in states.items()}
+
+
+def publish(workspace: Workspace) -> None:
+    """The artifacts of the run: the verdict, its numbers, and a link to the page."""
+    verdict = json.loads(workspace.verdict.read_text(encoding="utf-8"))
+    metrics = json.loads(workspace.metrics.read_text(encoding="utf-8"))
+    create_markdown_artifact(_verdict_text(verdict, workspace), key="verdict", description="Whether to train on the curated data")
+    create_table_artifact(
+        [{"metric": name, "value": value} for name, value in flatten(metrics)],
+        key="metrics",
+        description="Metrics of the evaluation",
+    )
+    create_link_artifact(
+        workspace.report.resolve().as_uri(), key="report", link_text="The report", description="On the machine that ran the flow"
+    )
+
+
+def _verdict_text(verdict: dict, workspace: Workspace) -> str:
+    outcome = "Accepted" if verdict["accepted"] else "Rejected"
+    return (
+        f"# {outcome}\n\n{verdict['summary']}\n\n**Rule.** {verdict['rule']}\n\n"
+        f"**To reproduce.** Commit `{_commit(workspace.root)}`, then `make run`.\n\n**Report.** `{workspace.report.resolve()}`\n"
+    )
+
+
+def _commit(root: Path) -> str:
+    """The commit checked out at `root`, marked if files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "none: not a git repository"
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """The leaves of nested dictionaries and lists, each with its dotted name."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in flatten(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list):
+        return [leaf for index, inner in enumerate(value) for leaf in flatten(inner, f"{name}.{index}" if name else str(index))]
+    return [(name, value)]
+
+
+if __name__ == "__main__":
+    curate(params=json.loads(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -1,0 +1,180 @@
+"""DVC's graph of stages, and one stage of it run as a process of its own. Knows DVC, and nothing of Prefect.
+
+DVC decides what is stale. A stage runs as `dvc repro --single-item`, in a process group of its own that is on record under
+`.dvc/tmp`, so that whoever comes after a killed flow can end what it left running.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import networkx
+from dvc.repo import Repo
+from dvc.utils.serialize import dump_yaml, load_yaml
+
+from tda.artifacts import only_run
+
+GRACE_SECONDS = 10  # between the request to stop and the kill
+QUIET_LOGS = {"TQDM_MININTERVAL": "15", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+
+
+class StageError(RuntimeError):
+    """A stage that did not finish; `by_chance` says whether another try could end otherwise."""
+
+    def __init__(self, message: str, *, by_chance: bool = False):
+        super().__init__(message)
+        self.by_chance = by_chance
+
+
+def load_graph(root: Path) -> dict[str, list[str]]:
+    """Every stage and the stages that it needs, in an order in which they can run: the one of `dvc repro`."""
+    with Repo(str(root)) as repo:
+        graph = repo.index.graph
+        return {stage.name: [need.name for need in graph.successors(stage)] for stage in networkx.dfs_postorder_nodes(graph)}
+
+
+def is_clean(root: Path) -> bool:
+    """Whether nothing is stale."""
+    with Repo(str(root)) as repo:
+        return not repo.status()
+
+
+def run_stage(stage: str, root: Path, *, environment: dict[str, str], log: Callable[[str], None]) -> bool:
+    """Bring one stage up to date; whether its command ran. The output goes to `log` line by line.
+
+    A `StageError` names the stage and ends with its last words.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        cwd=root,
+        env=_environment() | environment,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    record = _records(root) / str(process.pid)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(_started(process.pid), encoding="utf-8")
+    ran, last = False, deque(maxlen=12)
+    try:
+        for line in map(str.rstrip, process.stdout):
+            if line:
+                log(line)
+                last.append(line)
+                ran = ran or line.startswith("Running stage")
+        if process.wait() != 0:
+            raise _failure(stage, process.returncode, list(last))
+    finally:
+        if process.poll() is None:
+            _end_group(process.pid)
+            process.wait()
+        process.stdout.close()
+        record.unlink(missing_ok=True)
+    return ran
+
+
+def _environment() -> dict[str, str]:
+    """For stages, whose command is `python -m tda ...`: with this Python first on the PATH."""
+    return os.environ | QUIET_LOGS | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def _failure(stage: str, code: int, last: list[str]) -> StageError:
+    """The error of a failed stage. Another try can help against a kill from outside or a taken lock, not against wrong input."""
+    text = "\n".join(last)
+    exits = re.findall(r"exited with (-?\d+)", text)
+    status = int(exits[-1]) if exits else code
+    number = -status if status < 0 else status - 128
+    killed = number in {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
+    locked = "Unable to acquire lock" in text or "it is being blocked by" in text
+    words = [line for line in last if line.startswith("tda ")] or [
+        line for line in last if not line.startswith(("Running ", "> "))
+    ]
+    reason = f"killed by {signal.Signals(number).name}" if killed else " ".join(words[-3:]) or f"exit code {code}"
+    return StageError(f"stage {stage} failed: {reason}", by_chance=killed or locked)
+
+
+@contextlib.contextmanager
+def only_flow(root: Path) -> Iterator[None]:
+    """Hold the workspace for one flow, and leave neither processes nor a `dvc.lock` in another order behind.
+
+    `dvc repro` writes new stages to `dvc.lock` in graph order and leaves known ones in place; parallel runs write them as they
+    finish. Afterwards the file is as `dvc repro` would have left it.
+    """
+    with only_run(_records(root).with_suffix(".lock")):
+        reap(root)
+        before = list(_locked_stages(root))
+        try:
+            yield
+        finally:
+            reap(root)
+            order_lock(root, before)
+
+
+def order_lock(root: Path, before: list[str]) -> None:
+    """Bring the stages in `dvc.lock` into the order `before`, new ones after them in graph order."""
+    stages = _locked_stages(root)
+    order = [stage for stage in dict.fromkeys([*before, *load_graph(root), *stages]) if stage in stages]
+    if order != list(stages):
+        lock = root / "dvc.lock"
+        dump_yaml(str(lock), load_yaml(str(lock)) | {"stages": {stage: stages[stage] for stage in order}})
+
+
+def _locked_stages(root: Path) -> dict:
+    lock = root / "dvc.lock"
+    return load_yaml(str(lock)).get("stages", {}) if lock.exists() else {}
+
+
+def reap(root: Path) -> list[int]:
+    """End every process group on record; their numbers."""
+    ended = []
+    for record in sorted(_records(root).glob("[0-9]*")):
+        number = int(record.name)
+        if _started(number) == record.read_text(encoding="utf-8"):
+            _end_group(number)
+            ended.append(number)
+        record.unlink(missing_ok=True)
+    return ended
+
+
+def _records(root: Path) -> Path:
+    return root / ".dvc" / "tmp" / "flow"
+
+
+def _started(number: int) -> str:
+    """When process `number` started, so that a later process of the same number is not taken for it; empty if it is gone."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _end_group(number: int) -> None:
+    """Ask the process group to stop, and kill what has not stopped in time."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(number, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if not _alive(number):
+                return
+            time.sleep(0.1)
+        os.killpg(number, signal.SIGKILL)
+
+
+def _alive(group: int) -> bool:
+    """Whether any process of the group still runs; one that ended and was not yet waited for does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, in_group = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
+            if int(in_group) == group and state not in "ZX":
+                return True
+    return False

@@ -1,0 +1,56 @@
+"""Places for the parts of a stage that run side by side: one GPU each, or a share of the cores.
+
+A stage in one piece runs alone and has the whole machine. The parts of `gradients` and `curvature` run at the same time, as many
+as there are places; each is told its place by environment variables, which the compute code reads.
+"""
+
+import contextlib
+import os
+import queue
+import subprocess
+from collections.abc import Iterator
+
+
+class Slots:
+    """A queue of environments, each naming one place."""
+
+    def __init__(self, environments: list[dict[str, str]]):
+        self._free = queue.SimpleQueue()
+        for environment in environments:
+            self._free.put(environment)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[dict[str, str]]:
+        """Wait for a place, and hold it for the block."""
+        environment = self._free.get()
+        try:
+            yield environment
+        finally:
+            self._free.put(environment)
+
+
+def environments(num_parts: int, *, device: str) -> list[dict[str, str]]:
+    """The places for `num_parts` parts on this machine; `device` is `compute.device`."""
+    gpus = [] if device == "cpu" else visible_gpus()
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    cores = len(os.sched_getaffinity(0))
+    places = max(1, min(cores, num_parts))
+    return [{"TDA_WORKERS": str(cores // places)}] * places
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    if (allowed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in allowed.split(",") if gpu not in {"", "-1"}]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(listed)
+
+
+def parse_gpus(listed: str) -> list[str]:
+    """The ids in the output of `nvidia-smi --list-gpus`; a GPU that is divided is named by its divisions."""
+    ids = [line.rpartition("UUID: ")[2].rstrip(") ") for line in listed.splitlines() if "UUID: " in line]
+    return [name for name in ids if name.startswith("MIG-")] or ids

@@ -1,0 +1,252 @@
+"""The command `tda`: one command per stage, and questions to the store. Nothing heavy is imported before a command runs."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from tda.pipeline import STAGES, Stage
+
+OK, FAILED, USAGE, LIMIT_PASSED, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
+
+EXIT_CODES = f"""exit codes:
+  {OK}    done
+  {FAILED}    wrong input, missing file or failed stage; the message says what to do
+  {USAGE}    wrong usage
+  {LIMIT_PASSED}    audit: a limit of params.yaml was passed
+  {MISMATCH}    verify: an artifact or the store differs from its manifest
+  {INTERRUPTED}  interrupted"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code, by `EXIT_CODES`."""
+    options = _parser().parse_args(arguments)
+    try:
+        with _stopped_by_signal():
+            return options.run(options)
+    except KeyboardInterrupt:
+        print(f"tda {options.command}: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except ModuleNotFoundError as error:
+        if options.traceback or (error.name or "").startswith("tda"):
+            raise
+        print(
+            f"tda {options.command}: {sys.executable} lacks the package {error.name}, which the project needs; "
+            "run `make install`, then `.venv/bin/tda`, or put .venv/bin first on the PATH",
+            file=sys.stderr,
+        )
+        return FAILED
+    except (ValueError, RuntimeError, OSError) as error:
+        if options.traceback:
+            traceback.print_exc()
+        print(f"tda {options.command}: {_message(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _message(error: Exception) -> str:
+    """What an error says, in words; an error of the system has its reason before the file it concerns."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that half-written files are removed and workers ended."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps an example's lines, and each command on one line of its own."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=24, width=110)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tda",
+        description="Which training documents helped a language model, which hurt it, and the proof.",
+        epilog=f"example:\n  tda query 'def add(a, b):'\n\n{EXIT_CODES}",
+        formatter_class=_HelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND [OPTION]", title="stages and commands")
+    for stage in STAGES.values():
+        _add_stage(commands, stage)
+
+    query = _add(commands, _query, "the documents that most helped and most hurt on a text", "query 'def add(a, b):' --top 5")
+    text = query.add_mutually_exclusive_group(required=True)
+    text.add_argument("text", metavar="TEXT", nargs="?", help="the text; - reads standard input")
+    text.add_argument("--file", type=Path, help="read the text from FILE instead")
+    query.add_argument("--top", type=_positive, default=10, metavar="N", help="documents on either side (default: %(default)s)")
+    _add_json(query)
+
+    verdict = _add(commands, _verdict, "the verdict, where the report is, and what to do next", "verdict")
+    _add_json(verdict)
+
+    audit = _add(commands, _audit, "score the documents with the checkpoints at hand, check limits", "audit --date 2026-01-31")
+    audit.add_argument("--date", type=_date, help="date of the audit, YYYY-MM-DD (default: today)")
+    _add_json(audit)
+
+    _add(commands, _verify, "check the artifacts and the store against their manifests", "verify")
+
+    gc = _add(commands, _gc, "remove what nothing refers to any more", "gc --dry-run")
+    gc.add_argument("--dry-run", action="store_true", help="only list it")
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
+    """A command named by the first word of its `example`."""
+    command = commands.add_parser(
+        example.split()[0],
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example:\n  tda {example}\n\n{EXIT_CODES}",
+        formatter_class=_HelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--params", type=Path, default="params.yaml", metavar="FILE", help="settings (default: %(default)s)")
+    command.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="folder that holds data/ (default: here)")
+    command.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+    return command
+
+
+def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
+    command = _add(commands, _stage, stage.makes, f"{stage.name} --index 0" if stage.indices else stage.name)
+    if stage.indices:
+        command.add_argument("--index", type=int, required=True, metavar="N", help=f"one of {stage.indices} in params.yaml")
+    else:
+        command.set_defaults(index=None)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more; got {text}")
+    return number
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a date as 2026-01-31; got {text}") from None
+
+
+def _inputs(options: argparse.Namespace) -> tuple:
+    """The configuration and the workspace that the options name."""
+    from tda.artifacts import Workspace
+    from tda.config import load_config
+
+    return load_config(options.params), Workspace(options.root)
+
+
+def _print_json(value: dict) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from tda.pipeline import run_stage
+
+    run_stage(options.command, *_inputs(options), options.index)
+    return OK
+
+
+def _query(options: argparse.Namespace) -> int:
+    from tda.query import answer, render
+
+    config, workspace = _inputs(options)
+    found = answer(_text(options), config=config, workspace=workspace, top=options.top)
+    _print_json(found) if options.json else print(render(found))
+    return OK
+
+
+def _text(options: argparse.Namespace) -> str:
+    """The text that was asked about.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if options.file is not None:
+        text = options.file.read_text(encoding="utf-8")
+    else:
+        text = sys.stdin.read() if options.text == "-" else options.text
+    if not text.strip():
+        raise ValueError("the text is empty; expected at least one word")
+    return text
+
+
+def _verdict(options: argparse.Namespace) -> int:
+    from tda.artifacts import Workspace, read_json
+
+    workspace = Workspace(options.root)
+    verdict = read_json(workspace.verdict, stage="evaluation")
+    if options.json:
+        _print_json(verdict)
+        return OK
+    outcome = "ACCEPTED: train on the curated data" if verdict["accepted"] else "REJECTED: keep training on all the data"
+    print(f"{outcome}\n  {verdict['summary']}\n  rule: {verdict['rule']}\n")
+    print(f"report         {workspace.report}   (open it in a browser)")
+    print(f"decision       {workspace.manifest}   (keep, weight, score and reason of every document)")
+    print(f"curated data   {workspace.curated_jsonl}\n")
+    print("next           tda query 'any text'            which documents helped or hurt the model on it")
+    print("               edit params.yaml, then make run  only what a change touches runs again")
+    return OK
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from tda.artifacts import only_run
+    from tda.audit import audit
+
+    config, workspace = _inputs(options)
+    with only_run(workspace.work / "audit.lock"):
+        result = audit(config, workspace, options.date or datetime.now(UTC).date())
+    if options.json:
+        _print_json({"passed": result.passed, "summary": result.summary, "report": str(result.report)})
+    else:
+        print(f"{'PASSED' if result.passed else 'FAILED'}: {result.summary}\nreport   {result.report}")
+    return OK if result.passed else LIMIT_PASSED
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tda.artifacts import Workspace
+    from tda.verify import verify
+
+    problems = verify(Workspace(options.root))
+    for problem in problems:
+        print(f"tda verify: {problem}", file=sys.stderr)
+    if not problems:
+        print("verified: every artifact and every table of the store is what its manifest says")
+    return MISMATCH if problems else OK
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from tda.artifacts import Workspace
+    from tda.verify import collect_garbage
+
+    removed = collect_garbage(Workspace(options.root), dry_run=options.dry_run)
+    for item in removed:
+        print(f"{'would remove' if options.dry_run else 'removed'} {item}")
+    if not removed:
+        print("nothing to remove")
+    return OK
