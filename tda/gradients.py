@@ -13,12 +13,9 @@ from tda.projection import Projection, append_one, encode_inputs
 
 
 def gradient_rows(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, *, projections: dict[str, Projection], weight: float
+    model: nn.Module, layers: Sequence[Layer], batch: Batch, *, projections: dict[str, Projection]
 ) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
-    """The projected gradient `P_o^T G P_i` of every document's training loss, all layers side by side; and its mean token loss (nats).
-
-    `weight` is the training loss's factor on a document's summed token loss.
-    """
+    """The projected gradient `P_o^T G P_i` of every document's summed token loss, all layers side by side; and its mean token loss (nats)."""
     rows: dict[str, Tensor] = {}
 
     def project_inputs(layer: Layer, a: Tensor) -> Tensor:
@@ -30,7 +27,7 @@ def gradient_rows(
     with captured(model, layers, encode=project_inputs, consume=add_rows):
         losses = token_losses(model, batch).sum(dim=1)
         losses.sum().backward()
-    return weight * torch.cat([rows[layer.name] for layer in layers], dim=1), losses.detach() / batch.loss_mask.sum(dim=1)
+    return torch.cat([rows[layer.name] for layer in layers], dim=1), losses.detach() / batch.loss_mask.sum(dim=1)
 
 
 def query_gradients(

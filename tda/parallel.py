@@ -1,12 +1,13 @@
 """Work spread over processes of one thread each, with results that do not depend on their number."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -44,34 +45,47 @@ def num_workers(compute: Compute) -> int:
 def parallel_map(
     function: Callable[[Item], Result], items: Sequence[Item], *, workers: int, description: str, unit: str = "part"
 ) -> Iterator[Result]:
-    """`function` of every item, in their order, with a progress bar.
+    """`function` of every item, in their order, with a progress bar; see `worker_pool`."""
+    with worker_pool(function, workers=min(workers, len(items))) as call:
+        yield from call(items, description, unit)
 
-    Processes are forked, so `function` may be a closure; call this before anything that starts threads. The first error ends the rest.
+
+@contextlib.contextmanager
+def worker_pool(
+    function: Callable[[Item], Result], *, workers: int
+) -> Iterator[Callable[[Sequence[Item], str, str], Iterator[Result]]]:
+    """Inside the block, `call(items, description, unit)` gives `function` of every item, in order, with a progress bar.
+
+    Processes are forked when the block is entered, so `function` may be a closure, and what starts threads can come after.
+    The first error ends the rest.
     """
     torch.set_num_threads(1)
-    with tqdm(total=len(items), desc=description, unit=unit, disable=not progress_is_shown()) as bar:
-        if workers <= 1 or len(items) <= 1:
-            for item in items:
-                yield function(item)
-                bar.update()
-            return
-        _inherited["function"] = function
-        fork = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(workers, len(items)), mp_context=fork, initializer=_start_worker) as pool:
-            with warnings.catch_warnings():
-                # Python 3.12 warns of fork beside threads; the children run torch on one thread and touch nothing else.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                results = pool.map(_call, items)
+    if workers <= 1:
+        yield lambda items, description, unit: _with_bar(map(function, items), len(items), description, unit)
+        return
+    _inherited["function"] = function
+    fork = multiprocessing.get_context("fork")
+    with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=fork, initializer=_start_worker) as pool:
+        # Python 3.12 warns of fork beside threads; the children run torch on one thread and touch nothing else.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool.submit(os.getpid).result()  # starts every worker
+
+        def call(items: Sequence[Item], description: str, unit: str) -> Iterator[Result]:
             try:
-                for result in results:
-                    yield result
-                    bar.update()
+                yield from _with_bar(pool.map(_call, items), len(items), description, unit)
             except BrokenProcessPool as error:
                 raise RuntimeError(
                     f"{description}: a worker process was killed, most often for want of memory; set compute.workers lower and run again"
                 ) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+
+        try:
+            yield call
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_bar(results: Iterable[Result], total: int, description: str, unit: str) -> Iterator[Result]:
+    yield from tqdm(results, total=total, desc=description, unit=unit, disable=not progress_is_shown())
 
 
 def progress_is_shown() -> bool:

@@ -136,7 +136,7 @@ def train(
             group["lr"] = step.learning_rate
         batch = make_batch(documents, step.rows).to(device)
         losses = token_losses(model, batch)
-        loss = (factors[step.rows].to(device) @ losses.sum(dim=1)) / batch.loss_mask.sum()
+        loss = (factors[step.rows].to(device) * losses.sum(dim=1)).sum() / batch.loss_mask.sum()
         if not torch.isfinite(loss):
             raise ValueError(
                 f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected a finite number. "

@@ -35,11 +35,11 @@ def test_rows_are_projections_of_the_gradients_of_autograd(build):
     model, documents = build(), random_documents(loss_starts=[1, 2, 3, 1, 2])
     layers = tracked_layers(model)
     projections = doubled(random_projections(layers, rank=3, seed=0))
-    rows, losses = gradient_rows(model, layers, make_batch(documents, range(5)), projections=projections, weight=0.25)
+    rows, losses = gradient_rows(model, layers, make_batch(documents, range(5)), projections=projections)
     for row in range(5):
         loss = document_loss(model, documents, row)
         expected = project_queries(
-            {name: G[None] for name, G in dense_gradient(model, layers, 0.25 * loss).items()}, layers, projections
+            {name: G[None] for name, G in dense_gradient(model, layers, loss).items()}, layers, projections
         )
         torch.testing.assert_close(rows[row], expected[0])
         torch.testing.assert_close(losses[row], loss.detach() / documents.num_loss_tokens[row])
@@ -49,9 +49,9 @@ def test_padding_and_batch_composition_change_nothing():
     model, documents = tiny_llama(), random_documents(6)
     layers = tracked_layers(model)
     projections = doubled(random_projections(layers, rank=4, seed=1))
-    together, _ = gradient_rows(model, layers, make_batch(documents, range(6)), projections=projections, weight=1.0)
+    together, _ = gradient_rows(model, layers, make_batch(documents, range(6)), projections=projections)
     for row in range(6):
-        alone, _ = gradient_rows(model, layers, make_batch(documents, [row]), projections=projections, weight=1.0)
+        alone, _ = gradient_rows(model, layers, make_batch(documents, [row]), projections=projections)
         torch.testing.assert_close(together[row], alone[0])
 
 

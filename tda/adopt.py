@@ -1,0 +1,168 @@
+"""An existing Hugging Face Trainer output as the training run: its checkpoints, optimizer state and learning rates.
+
+What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name), the optimizer state
+in `optimizer.pt` without unpickling code, and the learning rates logged in the last state, interpolated between log entries. Which documents
+were in which batch is not recorded there: every document is taken to have been seen equally often, SOURCE's own assumption.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tda.artifacts import Workspace, read_json, whole, write_json, write_table
+from tda.checkpoints import architecture_digest
+from tda.config import Train
+from tda.data import Documents
+from tda.model import load_model, num_parameters
+
+# Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
+NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
+    """Copy the checkpoints of the run in `train.run`, as many as `train.checkpoints` asks for, and write trajectory and `train.json`.
+
+    Raises:
+        FileNotFoundError: no such run, too few checkpoints, or one of them is truncated.
+        ValueError: its optimizer state is of another model or an optimizer that SOURCE cannot follow.
+    """
+    run = Path(recipe.run)
+    found = find_checkpoints(run)
+    if len(found) < len(recipe.checkpoints):
+        raise FileNotFoundError(
+            f"train.run: {run} has {len(found)} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
+            f"{list(range(len(found)))}, or save more of them (save_steps and save_total_limit of the Trainer)"
+        )
+    chosen = [found[round((index + 1) * len(found) / len(recipe.checkpoints)) - 1] for index in recipe.checkpoints]
+    final_state = read_json(chosen[-1][1] / "trainer_state.json", stage="train")
+    num_steps = chosen[-1][0]
+    rates = interpolate_rates(final_state["log_history"], num_steps)
+    optimizer: dict[str, Any] = {}
+    model: nn.Module | None = None
+    with whole(workspace.checkpoints) as part:
+        part.mkdir()
+        for index, (step, folder) in enumerate(chosen):
+            model = load_model(folder)
+            target = part / str(index)
+            shutil.copytree(folder, target / "model", ignore=lambda _folder, names: [name for name in names if not _is_model(name)])
+            optimizer = _copy_optimizer(folder, target, model)
+            write_json(target / "state.json", {"step": step, "from": folder.name})
+    losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
+    write_table(workspace.trajectory, _trajectory(num_steps, rates, losses))
+    assert model is not None
+    write_json(
+        workspace.training,
+        {
+            "architecture_digest": architecture_digest(model),
+            "num_parameters": num_parameters(model),
+            "num_documents": len(documents),
+            "num_tokens": int(documents.lengths.sum()),
+            "num_steps": num_steps,
+            "checkpoint_steps": [step for step, _ in chosen],
+            "stage_ends": [num_steps],
+            "stage_parts": ["all"],
+            "batches_known": False,
+            "optimizer": optimizer.get("optimizer", recipe.optimizer),
+            "momentum": optimizer.get("momentum", recipe.momentum if recipe.optimizer == "sgd" else 0.0),
+            "beta2": optimizer.get("beta2", recipe.beta2),
+            "epsilon": optimizer.get("epsilon", recipe.epsilon),
+            "weight_decay": optimizer.get("weight_decay", recipe.weight_decay),
+            "first_loss": losses[min(losses)] if losses else None,
+            "final_loss": losses[max(losses)] if losses else None,
+        },
+    )
+
+
+def find_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """`(step, folder)` of every checkpoint of a Trainer's output folder, by step.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no checkpoint in it.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"train.run: no folder {run}; expected the output folder of a Hugging Face Trainer, or an empty string")
+    folders = [folder for folder in run.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    if not folders:
+        raise FileNotFoundError(f"train.run: {run} has no checkpoint-* folder with a trainer_state.json; was the run saved by a Trainer?")
+    return sorted((read_json(folder / "trainer_state.json", stage="train")["global_step"], folder) for folder in folders)
+
+
+def interpolate_rates(log_history: list[dict], num_steps: int) -> np.ndarray:
+    """The learning rate of every step, linear between the logged ones.
+
+    Raises:
+        ValueError: none was logged.
+    """
+    logged = {entry["step"]: entry["learning_rate"] for entry in log_history if "learning_rate" in entry}
+    if not logged:
+        raise ValueError("train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the run's length")
+    steps = sorted(logged)
+    return np.interp(np.arange(1, num_steps + 1), steps, [logged[step] for step in steps])
+
+
+def _is_model(name: str) -> bool:
+    return name.endswith((".safetensors", ".json")) and not name.startswith(("trainer_state", "training_args"))
+
+
+def _copy_optimizer(folder: Path, target: Path, model: nn.Module) -> dict[str, Any]:
+    """Write the optimizer's tensors by parameter name; what kind of optimizer it is. Nothing, if the run saved none."""
+    path = folder / "optimizer.pt"
+    if not path.exists():
+        return {}
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    names = parameter_order(model)
+    state = {names[number]: values for number, values in saved["state"].items() if number < len(names)}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for name, values in state.items():
+        for kind, value in values.items():
+            if isinstance(value, Tensor):
+                if value.ndim and value.shape != shapes[name]:
+                    raise ValueError(
+                        f"{path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; expected the optimizer of "
+                        "this model, its parameters in the Trainer's order (decayed ones first)"
+                    )
+                tensors[f"{kind}.{name}"] = value.contiguous()
+    save_file(tensors, target / "optimizer.safetensors")
+    group = max(saved["param_groups"], key=lambda held: held.get("weight_decay", 0.0))
+    if "betas" in group:
+        return {
+            "optimizer": "adamw",
+            "momentum": 0.0,
+            "beta2": group["betas"][1],
+            "epsilon": group["eps"],
+            "weight_decay": group["weight_decay"],
+        }
+    if "momentum" in group:
+        return {"optimizer": "sgd", "momentum": group["momentum"], "weight_decay": group["weight_decay"]}
+    raise ValueError(f"{path}: an optimizer with settings {sorted(group)}; expected AdamW or SGD, whose dynamics SOURCE follows")
+
+
+def parameter_order(model: nn.Module) -> list[str]:
+    """Parameter names in the order of a Trainer's optimizer state: those with weight decay, then those without."""
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if name in decayed] + [name for name in names if name not in decayed]
+
+
+def _trajectory(num_steps: int, rates: np.ndarray, losses: dict[int, float]) -> pl.DataFrame:
+    steps = range(1, num_steps + 1)
+    return pl.DataFrame(
+        {
+            "step": pl.Series(steps, dtype=pl.Int32),
+            "stage": pl.Series([0] * num_steps, dtype=pl.Int32),
+            "learning_rate": rates,
+            "gradient_scale": [1.0] * num_steps,
+            "loss": [losses.get(step) for step in steps],
+            "documents": pl.Series([[]] * num_steps, dtype=pl.List(pl.Int32)),
+        },
+        schema_overrides={"loss": pl.Float64},
+    )

@@ -1,0 +1,42 @@
+"""What the training run did, read back for scoring: segments, exposure, and each segment's effect on a query."""
+
+import numpy as np
+
+from tda.artifacts import Workspace, read_json, read_table
+from tda.data import Documents
+from tda.factors import SegmentFactors, load_factors
+from tda.segments import Segment
+from tda.source import SegmentDynamics
+
+
+def load_segments(workspace: Workspace) -> list[Segment]:
+    """The segments of the run, first to last."""
+    return [Segment(**values) for values in read_json(workspace.segments, stage="segments")["segments"]]
+
+
+def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
+    """(document, segment) shares of each segment's learning rate, in the order of `documents`.
+
+    Raises:
+        ValueError: the exposures are those of other documents.
+    """
+    table = read_table(workspace.exposure, stage="segments")
+    if table["doc_id"].to_list() != documents.ids:
+        raise ValueError(f"{workspace.exposure} is of other documents than {workspace.documents}; run `dvc repro segments`")
+    return table.drop("doc_id").to_numpy()
+
+
+def load_dynamics(workspace: Workspace, segments: list[Segment], *, adam: str) -> tuple[list[SegmentDynamics], list[SegmentFactors]]:
+    """Every segment's respond and decay, and the factors they are made of."""
+    training = read_json(workspace.training, stage="train")
+    factors = [load_factors(workspace.curvature(segment.index)) for segment in segments]
+    dynamics = [
+        SegmentDynamics(
+            index=segment.index,
+            curvature=held.curvature(adam if training["optimizer"] == "adamw" else "none"),
+            time=segment.time,
+            weight_decay=training["weight_decay"],
+        )
+        for segment, held in zip(segments, factors, strict=True)
+    ]
+    return dynamics, factors

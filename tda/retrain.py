@@ -1,0 +1,94 @@
+"""Retraining on all, on curated and on randomly reduced data, paired by seed.
+
+For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the same order.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import xxhash
+
+from tda.artifacts import Workspace, read_json, read_table, remove, write_json
+from tda.config import Config
+from tda.data import Documents, load_documents
+from tda.parallel import device_of, num_workers, parallel_map
+from tda.run import initial_model, tokenizer_size
+from tda.train import make_optimizer, mean_loss, schedule, stage_lengths, train
+
+ARMS = ("all", "curated", "random")
+COLUMNS = ("arm", "seed", "steps", "num_documents", "train_loss", "target_loss", "general_loss")
+
+
+def arm_weights(arm: str, weights: np.ndarray, *, seed: int) -> np.ndarray:
+    """Every document's weight in an arm; 0 is dropped. The random control has the curated arm's weights, dealt out at random by `seed`."""
+    if arm == "all":
+        return np.ones_like(weights)
+    return weights if arm == "curated" else np.random.default_rng([seed, len(weights)]).permutation(weights)
+
+
+def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
+    """A row per retrained model. Finished models of a run that was killed are not trained again.
+
+    Raises:
+        ValueError: the decision is of other documents.
+    """
+    documents = load_documents(workspace.documents)
+    decided = read_table(workspace.manifest, stage="curation").select("doc_id", "content_hash", "keep", "weight")
+    known = pl.DataFrame({"doc_id": documents.ids, "content_hash": documents.content_hashes})
+    decided = known.join(decided, on=["doc_id", "content_hash"], how="left", maintain_order="left")
+    if decided["keep"].null_count():
+        raise ValueError(f"{workspace.manifest} decides on other documents than {workspace.documents}; run `dvc repro curation`")
+    weights = np.where(decided["keep"].to_numpy(), decided["weight"].to_numpy(), 0.0)
+    targets = load_documents(workspace.targets, half="verdict")
+    heldout = load_documents(workspace.heldout)
+    vocabulary = tokenizer_size(workspace)
+    device = device_of(config.compute)
+    work = workspace.work / "retraining" / _fingerprint(config, documents, weights)
+
+    def one(run: tuple[int, str]) -> Path:
+        seed, arm = run
+        path = work / f"{arm}-{seed}.json"
+        if not path.exists():
+            held = arm_weights(arm, weights, seed=seed)
+            recipe = config.train
+            model = initial_model(recipe, vocabulary=vocabulary, context=config.prepare.context, seed=seed).to(device)
+            steps = schedule(documents, recipe, seed=seed, lengths=stage_lengths(documents, recipe), keep=held > 0)
+            losses: list[float] = []
+            train(
+                model,
+                documents,
+                steps,
+                recipe,
+                optimizer=make_optimizer(model, recipe),
+                weights=held,
+                seed=seed,
+                after=lambda taken: losses.append(taken.loss),
+            )
+            values = {
+                "arm": arm,
+                "seed": seed,
+                "steps": len(steps),
+                "num_documents": int((held > 0).sum()),
+                "train_loss": float(np.mean(losses[-20:])),
+                "target_loss": mean_loss(model, targets),
+                "general_loss": mean_loss(model, heldout),
+            }
+            write_json(path, values)
+        return path
+
+    runs = [(seed, arm) for seed in config.retraining.seeds for arm in ARMS]
+    paths = list(parallel_map(one, runs, workers=num_workers(config.compute), description="retraining", unit="model"))
+    rows = [read_json(path, stage="retraining") for path in paths]
+    table = pl.DataFrame(rows).select(COLUMNS).sort("seed", "arm")
+    remove(work)
+    return table
+
+
+def _fingerprint(config: Config, documents: Documents, weights: np.ndarray) -> str:
+    digest = xxhash.xxh3_128(config.train.model_dump_json())
+    digest.update(json.dumps([documents.ids, documents.content_hashes, documents.parts]))
+    digest.update(np.concatenate(documents.tokens).tobytes())
+    digest.update(weights.tobytes())
+    return digest.hexdigest()

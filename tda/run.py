@@ -1,0 +1,125 @@
+"""A training run on disk: checkpoints and trajectory, resumed where a killed one stopped."""
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import torch
+import xxhash
+from torch import nn
+from tqdm import tqdm
+
+from tda.artifacts import Workspace, remove, whole, write_json, write_table
+from tda.checkpoints import architecture_digest
+from tda.config import Train
+from tda.data import Documents
+from tda.model import build_model, load_model, num_parameters
+from tda.parallel import progress_is_shown
+from tda.train import (
+    Taken,
+    checkpoint_steps,
+    make_optimizer,
+    read_trajectory,
+    resume,
+    save_checkpoint,
+    schedule,
+    stage_lengths,
+    train,
+)
+
+
+def initial_model(recipe: Train, *, vocabulary: int, context: int, seed: int) -> nn.Module:
+    """The model before its first step: built with random weights from `seed`, or loaded."""
+    if recipe.model == "llama":
+        return build_model(recipe.architecture, vocabulary=vocabulary, context=context, seed=seed)
+    return load_model(recipe.model)
+
+
+def tokenizer_size(workspace: Workspace) -> int:
+    """Tokens of the tokenizer that `prepare` wrote."""
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(workspace.tokenizer))
+
+
+def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, context: int, device: torch.device) -> None:
+    """Train, and write checkpoints, trajectory and `train.json`.
+
+    Checkpoints gather in a work folder that is named after everything the run depends on; a run that was killed goes on from the last.
+    """
+    torch.set_num_threads(1)  # sums on several threads are taken in another order
+    model = initial_model(recipe, vocabulary=tokenizer_size(workspace), context=context, seed=recipe.seed).to(device)
+    lengths = stage_lengths(documents, recipe)
+    steps = schedule(documents, recipe, seed=recipe.seed, lengths=lengths)
+    stage_ends = [sum(lengths[: index + 1]) for index in range(len(lengths)) if lengths[index]]
+    at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends)
+    optimizer = make_optimizer(model, recipe)
+
+    work = workspace.work / "train" / _fingerprint(recipe, documents)
+    done, before = _resume(work, model, optimizer, num_checkpoints=len(at))
+    taken: list[Taken] = []
+    with tqdm(total=len(steps), initial=done, desc="training", unit="step", disable=not progress_is_shown()) as bar:
+
+        def after(now: Taken) -> None:
+            taken.append(now)
+            bar.update()
+            bar.set_postfix(loss=f"{now.loss:.3f}", refresh=False)
+            if now.step.number in at:
+                model.eval()
+                folder = work / str(at.index(now.step.number))
+                write_table(work / f"trajectory-{folder.name}.parquet", pl.concat([before, read_trajectory(taken)]))
+                save_checkpoint(folder, model, optimizer, step=now.step.number)
+                model.train()
+
+        train(model, documents, steps[done:], recipe, optimizer=optimizer, seed=recipe.seed, after=after)
+
+    last = work / f"trajectory-{len(at) - 1}.parquet"
+    trajectory = pl.read_parquet(last)
+    with whole(workspace.checkpoints) as part:
+        part.mkdir()
+        for index in range(len(at)):
+            shutil.move(work / str(index), part / str(index))
+    write_table(workspace.trajectory, trajectory)
+    write_json(
+        workspace.training,
+        {
+            "architecture_digest": architecture_digest(model),
+            "num_parameters": num_parameters(model),
+            "num_documents": len(documents),
+            "num_tokens": int(documents.lengths.sum()),
+            "num_steps": len(steps),
+            "checkpoint_steps": at,
+            "stage_ends": stage_ends,
+            "stage_parts": [stage.part for stage, length in zip(recipe.stages, lengths, strict=True) if length],
+            "batches_known": True,
+            "optimizer": recipe.optimizer,
+            "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.0,
+            "beta2": recipe.beta2,
+            "epsilon": recipe.epsilon,
+            "weight_decay": recipe.weight_decay,
+            "first_loss": trajectory["loss"][0],
+            "final_loss": trajectory["loss"].tail(20).mean(),
+        },
+    )
+    remove(work)
+
+
+def _fingerprint(recipe: Train, documents: Documents) -> str:
+    digest = xxhash.xxh3_128(recipe.model_dump_json())
+    digest.update(json.dumps([documents.ids, documents.content_hashes, documents.parts]))
+    for tokens in documents.tokens:
+        digest.update(tokens.tobytes())
+    return digest.hexdigest()
+
+
+def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_checkpoints: int) -> tuple[int, pl.DataFrame]:
+    """Load the last checkpoint in `work`, if there is any; steps taken and their trajectory."""
+    found = [index for index in range(num_checkpoints) if (work / str(index) / "state.json").exists()]
+    if not found:
+        return 0, read_trajectory([])
+    last = found[-1]
+    step = resume(work / str(last), model, optimizer)
+    return step, pl.read_parquet(work / f"trajectory-{last}.parquet")
+
+

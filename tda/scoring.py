@@ -1,0 +1,195 @@
+"""Scores of all documents on the target set: SOURCE and the baselines, from the store."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from tda.artifacts import Workspace, read_json, read_table
+from tda.baselines import bm25_scores, random_scores
+from tda.checkpoints import load_checkpoint
+from tda.config import Config
+from tda.data import Documents, batches, load_documents
+from tda.dynamics import load_dynamics, load_exposure, load_segments
+from tda.factors import SegmentFactors
+from tda.gradient_log import row_identity, segment_projections
+from tda.gradients import project_queries, query_gradients
+from tda.influence import precondition
+from tda.parallel import device_of
+from tda.projection import Projection
+from tda.scores import Dot, Scores, cosines, rotated_query, source_values
+from tda.segments import Segment
+from tda.source import Gradients, SegmentDynamics
+from tda.store import dot_scores, open_sealed
+
+QUERY_VALUES = 1 << 27  # gradient values of the queries that are in memory at once
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores as tables."""
+
+    table: pl.DataFrame  # doc_id, content_hash, source, score_METHOD
+    per_query: pl.DataFrame  # doc_id, scores (array over queries)
+    facts: dict
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """All that is needed to score documents on any query: the run, its curvature, its rows."""
+
+    segments: list[Segment]
+    dynamics: list[SegmentDynamics]
+    factors: list[SegmentFactors]
+    projections: list[dict[str, Projection]]  # by segment
+    manifests: dict[int, dict]  # by checkpoint
+    documents: Documents
+    exposure: np.ndarray  # (document, segment)
+    projected: bool  # whether factors, and so queries, are in projected space
+
+    @property
+    def final_checkpoint(self) -> int:
+        """The checkpoint at which queries are taken."""
+        return self.segments[-1].checkpoints[-1]
+
+    def source(self, query: Gradients, dot: Dot) -> tuple[np.ndarray, list[float]]:
+        """SOURCE values (query, document), and the share of each segment's response that the projection keeps."""
+        layers = self.factors[0].layers
+        if self.projected:
+            query = rotated_query(query, layers, self.projections[0])
+            return source_values(
+                query,
+                self.dynamics,
+                self.segments,
+                layers=layers,
+                projections=[{layer.name: _identity(self.projections[0][layer.name]) for layer in layers}] * len(self.segments),
+                exposure=self.exposure,
+                dot=dot,
+            )
+        return source_values(
+            query, self.dynamics, self.segments, layers=layers, projections=self.projections, exposure=self.exposure, dot=dot
+        )
+
+
+def _identity(projection: Projection) -> Projection:
+    return Projection(torch.eye(projection.P_i.shape[1]), torch.eye(projection.P_o.shape[1]))
+
+
+def load_attribution(config: Config, workspace: Workspace, documents: Documents) -> Attribution:
+    """Read everything that scoring needs, and check that it belongs together.
+
+    Raises:
+        FileNotFoundError: an artifact is missing; the message names the stage that makes it.
+        ValueError: the store was made with other weights or another projection.
+    """
+    segments = load_segments(workspace)
+    dynamics, factors = load_dynamics(workspace, segments, adam=config.curvature.adam)
+    projections = [segment_projections(config, held) for held in factors]
+    manifests = {}
+    for segment, held in zip(segments, projections, strict=True):
+        for checkpoint in segment.checkpoints:
+            manifest = read_json(workspace.gradients(checkpoint), stage=f"gradients@{checkpoint}")
+            open_sealed(workspace.store, manifest, identity=row_identity(config, workspace, checkpoint, held))
+            manifests[checkpoint] = manifest
+    return Attribution(
+        segments=segments,
+        dynamics=dynamics,
+        factors=factors,
+        projections=projections,
+        manifests=manifests,
+        documents=documents,
+        exposure=load_exposure(workspace, documents),
+        projected=bool(factors[0].projections),
+    )
+
+
+def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> Dot:
+    """Dot products with the stored rows of `doc_ids`."""
+
+    def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
+        table = open_sealed(workspace.store, attribution.manifests[checkpoint])
+        return dot_scores(table, doc_ids, queries.float().cpu().numpy()).astype(np.float64)
+
+    return dot
+
+
+def query_blocks(
+    config: Config, workspace: Workspace, attribution: Attribution, queries: Documents
+) -> Iterator[tuple[Gradients, list[int]]]:
+    """Full gradients of the queries at the final checkpoint, as many at once as memory allows, with their row numbers."""
+    device = device_of(config.compute)
+    layers = attribution.factors[-1].layers
+    model = load_checkpoint(workspace, attribution.final_checkpoint).to(device)
+    size = max(1, QUERY_VALUES // sum(layer.d_in * layer.d_out for layer in layers))
+    for start in range(0, len(queries), size):
+        part = queries.select(range(start, min(start + size, len(queries))))
+        held = (batch.to(device) for batch in batches(part, batch_tokens=config.gradients.batch_tokens))
+        gradients, order = query_gradients(model, layers, held, measurement=config.scores.measurement)
+        yield {name: G.cpu() for name, G in gradients.items()}, [start + row for row in order]
+
+
+def score_documents(config: Config, workspace: Workspace) -> Scored:
+    """Score every training document on the scoring half of the targets.
+
+    A method's score per document is that of the measurement's mean over all predicted tokens of the targets.
+    """
+    torch.set_num_threads(1)  # sums on several threads are taken in another order
+    documents = load_documents(workspace.documents)
+    queries = load_documents(workspace.targets, half="score")
+    attribution = load_attribution(config, workspace, documents)
+    dot = store_dot(workspace, attribution, documents.ids)
+    final, last = attribution.final_checkpoint, attribution.segments[-1]
+    layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
+    norms = _row_norms(workspace, attribution, documents.ids, final)
+
+    shape = (len(queries), len(documents))
+    values = {name: np.zeros(shape) for name in ("source", "ekfac_influence", "gradient_dot", "gradient_cosine")}
+    kept = np.zeros(len(attribution.segments))
+    for query, rows in query_blocks(config, workspace, attribution, queries):
+        values["source"][rows], kept_here = attribution.source(query, dot)
+        kept += np.array(kept_here) * len(rows) / len(queries)
+        at_end = rotated_query(query, layers, projections) if attribution.projected else query
+        conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
+        unit = len(documents) * last.tokens_per_document
+        plain = project_queries(query, layers, projections)
+        if attribution.projected:
+            influence = torch.cat([conditioned[layer.name].flatten(1) for layer in layers], dim=1)
+        else:
+            influence = project_queries(conditioned, layers, projections)
+        values["ekfac_influence"][rows] = dot(final, influence).T / unit
+        dots = dot(final, plain)
+        values["gradient_dot"][rows] = dots.T
+        values["gradient_cosine"][rows] = cosines(dots, norms, plain).T
+
+    tokens = queries.num_loss_tokens
+    weights = tokens / tokens.sum()
+    columns = {name: Scores(held, queries.ids, documents.ids).aggregate(weights) for name, held in values.items()}
+    texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"].to_list()
+    targets = read_table(workspace.targets, stage="prepare").filter(pl.col("half") == "score")
+    columns["bm25"] = bm25_scores(texts, targets["text"].to_list())
+    columns["random"] = random_scores(documents.ids, seed=config.scores.seed)
+    table = pl.DataFrame(
+        {"doc_id": documents.ids, "content_hash": documents.content_hashes, "source": documents.sources}
+        | {f"score_{name}": column for name, column in columns.items()}
+    )
+    per_query = pl.DataFrame({"doc_id": documents.ids, "scores": values["source"].T.astype(np.float32)})
+    facts = {
+        "measurement": config.scores.measurement,
+        "unit": "rise of the targets' mean cost per token, in nats, when the document is left out",
+        "query_ids": queries.ids,
+        "num_documents": len(documents),
+        "segment_times": [segment.time for segment in attribution.segments],
+        "projection_keeps": kept.tolist(),
+    }
+    return Scored(table, per_query, facts)
+
+
+def _row_norms(workspace: Workspace, attribution: Attribution, doc_ids: list[str], checkpoint: int) -> np.ndarray:
+    norms = np.zeros(len(doc_ids))
+    table = open_sealed(workspace.store, attribution.manifests[checkpoint])
+    for positions, rows in table.scan(doc_ids, with_vectors=False):
+        norms[positions] = rows.gradient_norms
+    return norms

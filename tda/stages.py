@@ -1,0 +1,185 @@
+"""One function per stage of the pipeline: read artifacts, call the maths, write artifacts.
+
+The only place that knows files and maths. Every function imports what it uses when it is called: the list of those imports is the stage's code, on which
+`dvc.yaml` makes it depend.
+"""
+
+from tda.artifacts import Workspace
+from tda.config import Config
+
+
+def prepare(config: Config, workspace: Workspace) -> None:
+    """Documents, targets, tokenizer and the positive control."""
+    from tda.parallel import num_workers
+    from tda.prepare import prepare_documents, write_prepared
+
+    prepared = prepare_documents(config.prepare, model=config.train.model, workers=num_workers(config.compute))
+    write_prepared(prepared, workspace)
+
+
+def train(config: Config, workspace: Workspace) -> None:
+    """Train the model, or adopt an existing run; checkpoints and the trajectory."""
+    from tda.adopt import adopt_run
+    from tda.data import load_documents
+    from tda.parallel import device_of
+    from tda.run import train_run
+
+    documents = load_documents(workspace.documents)
+    if config.train.run:
+        adopt_run(config.train, documents, workspace)
+    else:
+        train_run(config.train, documents, workspace, context=config.prepare.context, device=device_of(config.compute))
+
+
+def segments(config: Config, workspace: Workspace) -> None:
+    """Checkpoints to segments, and every document's exposure in each."""
+    from dataclasses import asdict
+
+    import numpy as np
+    import polars as pl
+
+    from tda.artifacts import read_json, read_table, write_json, write_table
+    from tda.data import load_documents
+    from tda.segments import document_exposure, effective_learning_rates, make_segments, segment_ends
+
+    documents = load_documents(workspace.documents)
+    training = read_json(workspace.training, stage="train")
+    trajectory = read_table(workspace.trajectory, stage="train")
+    steps = training["checkpoint_steps"]
+    rates = effective_learning_rates(trajectory, optimizer=training["optimizer"], momentum=training["momentum"])
+    ends = segment_ends(steps, len(config.segments.indices), by=config.segments.by, rates=rates, stage_ends=training["stage_ends"])
+    last_steps = [steps[end - 1] for end in ends]
+    exposure = None
+    if training["batches_known"]:
+        exposure = document_exposure(trajectory, last_steps, rates=rates, num_documents=len(documents))
+    made = make_segments(steps, ends, rates=rates, exposure=exposure, tokens=documents.num_loss_tokens)
+    if exposure is None:
+        exposure = np.full((len(documents), len(made)), 1 / len(documents))
+    columns = {f"segment_{segment.index}": exposure[:, segment.index] for segment in made}
+    write_table(workspace.exposure, pl.DataFrame({"doc_id": documents.ids, **columns}))
+    write_json(workspace.segments, {"by": config.segments.by, "segments": [asdict(segment) for segment in made]})
+
+
+def curvature(config: Config, workspace: Workspace, index: int) -> None:
+    """EK-FAC of one segment."""
+    import numpy as np
+
+    from tda.artifacts import read_json
+    from tda.checkpoints import load_checkpoint, preconditioner
+    from tda.data import load_documents
+    from tda.dynamics import load_exposure, load_segments
+    from tda.factors import fit_factors, save_factors
+    from tda.model import tracked_layers
+    from tda.parallel import device_of, num_workers
+    from tda.projection import random_projections
+
+    documents = load_documents(workspace.documents)
+    segment = load_segments(workspace)[index]
+    seen = np.flatnonzero(load_exposure(workspace, documents)[:, index])
+    chosen = seen
+    if 0 < config.curvature.num_documents < len(seen):
+        random = np.random.default_rng([config.curvature.seed, index])
+        chosen = np.sort(random.choice(seen, config.curvature.num_documents, replace=False))
+    training = read_json(workspace.training, stage="train")
+    P = {}
+    if training["optimizer"] == "adamw" and config.curvature.adam != "none":
+        layers = tracked_layers(load_checkpoint(workspace, segment.checkpoints[-1]), config.curvature.layers)
+        P = preconditioner(workspace, segment.checkpoints, layers, beta2=training["beta2"], epsilon=training["epsilon"])
+    projected = config.curvature.space == "projected"
+    if projected and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
+        raise ValueError(
+            "curvature.space: projected fits the factors of gradients projected at random; expected gradients.projection: random and "
+            f"curvature.adam: scalar or none, got {config.gradients.projection} and {config.curvature.adam}"
+        )
+
+    def projections(layers: list) -> dict:
+        return random_projections(layers, rank=config.gradients.rank, seed=config.gradients.seed)
+
+    factors = fit_factors(
+        segment.checkpoints,
+        lambda checkpoint: load_checkpoint(workspace, checkpoint),
+        documents.select(chosen),
+        pattern=config.curvature.layers,
+        weight=1 / segment.tokens_per_document,
+        P=P,
+        adam=config.curvature.adam if P else "none",
+        projections=projections if projected else None,
+        batch_tokens=config.gradients.batch_tokens,
+        seed=config.curvature.seed * 1000 + index,
+        workers=num_workers(config.compute),
+        device=device_of(config.compute),
+    )
+    save_factors(workspace.curvature(index), factors)
+
+
+def gradients(config: Config, workspace: Workspace, index: int) -> None:
+    """LoGra rows of every document at one checkpoint, into the store."""
+    from tda.artifacts import write_json
+    from tda.data import load_documents
+    from tda.gradient_log import log_rows
+
+    documents = load_documents(workspace.documents)
+    write_json(workspace.gradients(index), log_rows(config, workspace, documents, checkpoint=index))
+
+
+def scores(config: Config, workspace: Workspace) -> None:
+    """SOURCE and the baselines, per document and per query."""
+    from tda.artifacts import write_json, write_table
+    from tda.scoring import score_documents
+
+    scored = score_documents(config, workspace)
+    write_table(workspace.scores, scored.table)
+    write_table(workspace.query_scores, scored.per_query)
+    write_json(workspace.scoring, scored.facts)
+
+
+def curation(config: Config, workspace: Workspace) -> None:
+    """The decision per document, and the curated data set."""
+    from tda.artifacts import read_table, whole, write_json, write_table
+    from tda.curate import count_decisions, curate, curated_documents, json_lines
+
+    table = read_table(workspace.scores, stage="scores")
+    column = f"score_{config.curation.method}"
+    if column not in table.columns:
+        known = [name.removeprefix("score_") for name in table.columns if name.startswith("score_")]
+        raise ValueError(f"curation.method: unknown method {config.curation.method!r}; known are {', '.join(known)}")
+    manifest = curate(table.select("doc_id", "content_hash", "source", score=column), config.curation)
+    curated = curated_documents(read_table(workspace.documents, stage="prepare"), manifest)
+    write_table(workspace.manifest, manifest)
+    write_table(workspace.curated, curated)
+    with whole(workspace.curated_jsonl) as part:
+        part.write_text(json_lines(curated), encoding="utf-8")
+    write_json(workspace.curation, count_decisions(manifest))
+
+
+def retraining(config: Config, workspace: Workspace) -> None:
+    """Models trained on all, on curated and on randomly reduced data, over paired seeds."""
+    from tda.artifacts import write_table
+    from tda.retrain import retrain_arms
+
+    write_table(workspace.retraining, retrain_arms(config, workspace))
+
+
+def evaluation(config: Config, workspace: Workspace) -> None:
+    """The verdict, and how well the planted damage was found."""
+    from tda.artifacts import read_table
+    from tda.evaluate import evaluate, write_evaluation
+
+    evaluation = evaluate(
+        read_table(workspace.retraining, stage="retraining"),
+        scores=read_table(workspace.scores, stage="scores"),
+        manifest=read_table(workspace.manifest, stage="curation"),
+        trajectory=read_table(workspace.trajectory, stage="train"),
+        truth=read_table(workspace.damage, stage="prepare"),
+        rule=config.evaluation,
+    )
+    write_evaluation(evaluation, workspace)
+
+
+def report(config: Config, workspace: Workspace) -> None:
+    """The page."""
+    from tda.artifacts import whole
+    from tda.report import build_report
+
+    with whole(workspace.report) as part:
+        part.write_text(build_report(workspace, config), encoding="utf-8")

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from tda.segments import document_exposure, effective_learning_rates, make_segments, segment_ends
+from tda.train import Step, Taken, read_trajectory
+
+
+def trajectory(rows: list[list[int]], rates: list[float], scale: float = 1.0):
+    return read_trajectory(
+        [Taken(Step(number + 1, 0, held, rate), 1.0, scale) for number, (held, rate) in enumerate(zip(rows, rates, strict=True))]
+    )
+
+
+def test_equal_steps_divide_evenly_and_unevenly():
+    rates = np.ones(60)
+    assert segment_ends([10, 20, 30, 40, 50, 60], 3, by="steps", rates=rates, stage_ends=[60]) == [2, 4, 6]
+    assert segment_ends([10, 20, 30, 40, 60], 3, by="steps", rates=rates, stage_ends=[60]) == [2, 4, 5]
+
+
+def test_equal_learning_rate_gives_short_segments_where_it_is_high():
+    rates = np.array([4.0] * 10 + [1.0] * 50)
+    ends = segment_ends([5, 10, 20, 40, 50, 60], 2, by="learning_rate", rates=rates, stage_ends=[60])
+    assert ends == [2, 6]  # 40 of 90 by step 10, 50 by step 20: both are 5 away, the first is taken
+
+
+def test_stages_are_boundaries_and_longer_stages_are_divided():
+    rates = np.ones(60)
+    steps = [10, 20, 30, 40, 50, 60]
+    assert segment_ends(steps, 3, by="stages", rates=rates, stage_ends=[20, 60]) == [2, 4, 6]
+    assert segment_ends(steps, 2, by="stages", rates=rates, stage_ends=[20, 60]) == [2, 6]
+    with pytest.raises(ValueError, match="1 segments for 2 training stages"):
+        segment_ends(steps, 1, by="stages", rates=rates, stage_ends=[20, 60])
+    with pytest.raises(ValueError, match="training stage 0 has no checkpoint"):
+        segment_ends(steps, 2, by="stages", rates=rates, stage_ends=[5, 60])
+
+
+def test_fewer_checkpoints_than_segments_are_refused():
+    with pytest.raises(ValueError, match=r"2 checkpoints cannot be divided into 3 segments.*segments.indices"):
+        segment_ends([5, 10], 3, by="steps", rates=np.ones(10), stage_ends=[10])
+
+
+def test_uniform_batches_give_every_document_one_nth():
+    rows = [[0, 1], [2, 3], [1, 2], [0, 3]]
+    exposure = document_exposure(trajectory(rows, [0.1] * 4), [2, 4], rates=np.full(4, 0.1), num_documents=4)
+    np.testing.assert_allclose(exposure, 1 / 4)
+
+
+def test_exposure_is_the_share_of_the_learning_rate():
+    """Against the definition, document by document."""
+    random = np.random.default_rng(0)
+    rows = [random.choice(7, size=random.integers(1, 4), replace=False).tolist() for _ in range(12)]
+    rates = random.uniform(0.1, 1, size=12)
+    exposure = document_exposure(trajectory(rows, rates.tolist()), [5, 12], rates=rates, num_documents=7)
+    for document in range(7):
+        for segment, at in enumerate([range(5), range(5, 12)]):
+            received = sum(rates[k] / len(rows[k]) for k in at if document in rows[k])
+            assert exposure[document, segment] == pytest.approx(received / sum(rates[k] for k in at))
+    np.testing.assert_allclose(exposure.sum(axis=0), 1)
+
+
+def test_momentum_and_clipping_change_the_rates_of_sgd_alone():
+    table = trajectory([[0]] * 2, [0.1, 0.2], scale=0.5)
+    np.testing.assert_allclose(effective_learning_rates(table, optimizer="sgd", momentum=0.9), [0.5, 1.0])
+    np.testing.assert_allclose(effective_learning_rates(table, optimizer="adamw", momentum=0.9), [0.1, 0.2])
+
+
+def test_segments_carry_steps_rates_and_tokens():
+    exposure = np.array([[1.0, 0.0], [0.0, 0.25], [0.0, 0.75]])
+    made = make_segments([2, 4, 6], [1, 3], rates=np.array([1.0, 3, 1, 1, 1, 1]), exposure=exposure, tokens=np.array([10, 20, 40]))
+    assert [segment.checkpoints for segment in made] == [[0], [1, 2]]
+    assert [(segment.first_step, segment.last_step, segment.num_steps) for segment in made] == [(1, 2, 2), (3, 6, 4)]
+    assert [segment.time for segment in made] == [4.0, 4.0]
+    assert [segment.tokens_per_document for segment in made] == [10.0, 35.0]
