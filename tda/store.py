@@ -290,12 +290,13 @@ def open_table(store: Path, *, checkpoint: int, segment: int, identity: dict[str
     nothing afterwards.
     """
     import lance
-    import lancedb
 
     identity = _whole_identity(identity, checkpoint=checkpoint, segment=segment, dim=dim, dtype=dtype)
     name = f"gradients_{checkpoint}_{fingerprint(identity)[:12]}"
     path = table_path(store, name)
     if not _is_table(path):
+        import lancedb
+
         store.mkdir(parents=True, exist_ok=True)
         lancedb.connect(store).create_table(name, schema=schema(identity))
     dataset = lance.dataset(path)

@@ -17,6 +17,7 @@ from jaxtyping import Float32, Int32
 from torch import Tensor
 
 TOP_EXPONENT = 15  # stored float16 elements stay below 2^15; the largest float16 is just below 2^16
+TOO_LARGE = 2.0**127  # float16 may round what lies between here and infinity to infinity
 NUMBERS = {"tokens": "<i4", "loss": "<f4", "gradient_norm": "<f4", "scale": "<f4"}  # columns that are hashed beside the vector
 
 
@@ -49,8 +50,8 @@ class Rows:
 
     @property
     def finite(self) -> np.ndarray:
-        """Whether each row's loss, norm and vector are finite."""
-        return np.isfinite(peaks(self.vectors)) & np.isfinite(self.losses) & np.isfinite(self.gradient_norms)
+        """Whether each row's loss, norm and vector are finite, stored in whatever type."""
+        return (peaks(self.vectors) < TOO_LARGE) & np.isfinite(self.losses) & np.isfinite(self.gradient_norms)
 
 
 def peaks(vectors: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import lance
 import lancedb
@@ -13,52 +12,7 @@ import torch
 from tda import store as store_module
 from tda.store import GradientTable, Rows, dot_scores, open_sealed, open_table, table_path
 from tda.stored_rows import documents_digest
-
-DIM = 24
-IDENTITY = {"weights": "w0", "projection": "p0", "loss": "nll", "layers": [["layer", 24]]}
-
-
-def make_rows(ids: list[str], *, dim: int = DIM, version: int = 0) -> Rows:
-    """Rows that are a function of each id alone."""
-    seeds = [np.frombuffer(f"{doc}/{version}".encode().ljust(16, b"."), np.uint32) for doc in ids]
-    draws = [np.random.default_rng(seed) for seed in seeds]
-    return Rows(
-        doc_ids=list(ids),
-        content_hashes=[f"hash-{doc}-{version}" for doc in ids],
-        sources=[f"source-{len(doc)}" for doc in ids],
-        tokens=np.array([draw.integers(1, 100) for draw in draws], np.int32),
-        losses=np.array([draw.random() for draw in draws], np.float32),
-        gradient_norms=np.array([draw.random() for draw in draws], np.float32),
-        vectors=np.array([draw.standard_normal(dim) * 10.0 ** draw.integers(-9, 9) for draw in draws], np.float32).reshape(
-            -1, dim
-        ),
-    )
-
-
-def documents_of(ids: list[str], version: int = 0) -> list[tuple[str, str]]:
-    return [(doc, f"hash-{doc}-{version}") for doc in ids]
-
-
-def open_for_writing(folder: Path, *, dtype: str = "float16", dim: int = DIM, **changes) -> GradientTable:
-    return open_table(folder, checkpoint=3, segment=1, identity=IDENTITY | changes, dim=dim, dtype=dtype)
-
-
-def gathered(table: GradientTable, ids: list[str], **options) -> Rows:
-    """All rows of `ids` in their order."""
-    parts = list(table.scan(ids, **options))
-    back = np.argsort(np.concatenate([positions for positions, _ in parts]), kind="stable").tolist()
-
-    def ordered(name):
-        values = [value for _, rows in parts for value in getattr(rows, name)]
-        return [values[place] for place in back]
-
-    return Rows(
-        ordered("doc_ids"),
-        ordered("content_hashes"),
-        ordered("sources"),
-        *(np.array(ordered(name)) for name in ("tokens", "losses", "gradient_norms", "vectors")),
-    )
-
+from tests.store_rows import DIM, IDENTITY, documents_of, gathered, make_rows, open_for_writing
 
 IDS = [f"doc-{number}" for number in range(50)]
 

@@ -1,0 +1,107 @@
+"""Whether the gradient store holds what the manifests say, and what in it nobody needs any more."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tda import store
+from tda.artifacts import Workspace, only_run, read_table
+
+NEEDED = ("table", "tag", "rows", "dim", "dtype", "digest", "documents", "fingerprint", "identity", "checkpoint", "segment")
+
+
+def verify(workspace: Workspace) -> list[str]:
+    """What is wrong with the store, a line per problem; empty if every manifest's rows hash to its digest."""
+    paths = manifest_paths(workspace)
+    if not paths:
+        return [f"{_folder(workspace)} holds no manifest, so there is nothing to check; run `dvc repro`"]
+    table = read_table(workspace.documents, stage="prepare", columns=["id", "content_hash"])
+    documents = list(zip(table["id"].to_list(), table["content_hash"].to_list(), strict=True))
+    return [problem for path in paths for problem in _problems(workspace, path, documents)]
+
+
+def _problems(workspace: Workspace, path: Path, documents: list[tuple[str, str]]) -> Iterator[str]:
+    try:
+        manifest = _manifest(path)
+        if manifest["documents"] != store.documents_digest(documents):
+            yield (
+                f"{path} is for other documents than {workspace.documents} holds now (it has {manifest['rows']}, there are "
+                f"{len(documents)}); run `dvc repro gradients@{manifest['checkpoint']}`"
+            )
+            return
+        digest = store.open_sealed(workspace.store, manifest).digest([doc for doc, _ in documents])
+        if digest != manifest["digest"]:
+            yield (
+                f"{path}: the rows of {manifest['table']} hash to {digest}, the manifest says {manifest['digest']}: the store is "
+                f"damaged; delete {store.table_path(workspace.store, manifest['table'])} and "
+                f"run `dvc repro --force gradients@{manifest['checkpoint']}`"
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        yield f"{path}: {error}"
+
+
+def collect_garbage(workspace: Workspace, dry_run: bool = False) -> list[str]:
+    """What was removed from the store (or would be, with `dry_run`), a line each, with the bytes freed.
+
+    Kept are the tables and tags that a manifest in the workspace names, and unfinished work: rows of a checkpoint that has no
+    manifest now. Rows of other commits of the repository go; `dvc repro --force gradients@C` makes them again. While a gradients
+    stage runs, nothing is removed (RuntimeError).
+
+    Raises:
+        ValueError: there is no manifest, or one cannot be read; so nothing may be removed.
+    """
+    names = store.table_names(workspace.store)
+    locks = set(workspace.work.glob("gradients-*.lock"))
+    locks |= {workspace.work / f"gradients-{store.table_checkpoint(name)}.lock" for name in names}
+    with contextlib.ExitStack() as held:
+        for lock in sorted(locks):
+            held.enter_context(only_run(lock))
+        manifests = [_manifest(path) for path in manifest_paths(workspace)]
+        if not manifests:
+            raise ValueError(
+                f"{_folder(workspace)} holds no manifest, so every table would go; run `dvc repro` or `dvc checkout` first, "
+                f"or delete {workspace.store} to start afresh"
+            )
+        return [line for name in names for line in _collect(workspace, name, manifests, dry_run=dry_run)]
+
+
+def _collect(workspace: Workspace, name: str, manifests: list[dict[str, Any]], *, dry_run: bool) -> Iterator[str]:
+    done = "would remove" if dry_run else "removed"
+    tags = {manifest["tag"] for manifest in manifests if manifest["table"] == name}
+    if tags:
+        stale, num_bytes = store.prune(workspace.store, name, keep_tags=tags, dry_run=dry_run)
+        if stale or num_bytes:
+            yield f"{done} {', '.join(stale) or 'untagged versions'} of {name}: {num_bytes} bytes"
+        return
+    checkpoint = store.table_checkpoint(name)
+    if checkpoint not in {manifest["checkpoint"] for manifest in manifests} and store.is_unfinished(workspace.store, name):
+        return
+    yield f"{done} {name}: {store.drop_table(workspace.store, name, dry_run=dry_run)} bytes"
+
+
+def manifest_paths(workspace: Workspace) -> list[Path]:
+    """The manifests there are, by checkpoint."""
+    return sorted((path for path in _folder(workspace).glob("*.json") if path.stem.isdigit()), key=lambda path: int(path.stem))
+
+
+def _folder(workspace: Workspace) -> Path:
+    return workspace.gradients(0).parent
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The manifest in `path`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    remedy = f"run `dvc repro --force gradients@{path.stem}`"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from None
+    lacking = [key for key in NEEDED if not isinstance(manifest, dict) or key not in manifest]
+    if lacking:
+        raise ValueError(f"{path} is not a manifest of gradient rows: it has no {', '.join(lacking)}; {remedy}")
+    return manifest

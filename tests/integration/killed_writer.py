@@ -1,0 +1,89 @@
+"""Writes the same rows twice, once undisturbed and once killed again and again; prints both manifests and what was seen, as JSON.
+
+A process of its own, because it forks: nothing before a fork may have imported lance.
+"""
+
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tda import store
+from tests.store_rows import documents_of, make_rows, open_for_writing
+
+store.MAX_FRAGMENTS = 8  # so that sealing compacts
+DIM, PER_COMMIT = 2048, 6
+IDS = [f"doc-{number}" for number in range(180)]
+
+
+def attempt(folder: Path, report: int) -> None:
+    """One run of a writer; reports `R rows` when ready, `C rows` after each commit, and S before it seals."""
+    table = open_for_writing(folder, dim=DIM)
+    have = table.present()
+    os.write(report, f"R {len(have)}\n".encode())
+    missing = [doc for doc in IDS if doc not in have]
+    for start in range(0, len(missing), PER_COMMIT):
+        table.upsert(make_rows(missing[start : start + PER_COMMIT], dim=DIM))
+        os.write(report, f"C {len(table)}\n".encode())
+    os.write(report, b"S 0\n")
+    manifest = folder / "manifest.json"
+    manifest.with_suffix(".part").write_text(json.dumps(table.seal(documents_of(IDS))))
+    manifest.with_suffix(".part").replace(manifest)
+
+
+def run(folder: Path, kill_after: tuple[str, float] | None) -> tuple[list[list[str]], float, bool]:
+    """What one attempt reported, its seconds once ready, and whether it was killed: so long after the first such report."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        attempt(folder, theirs)
+        os._exit(0)
+    os.close(theirs)
+    text, ready, deadline, killed = "", None, None, False
+    while True:
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([ours], [], [], wait)[0]:
+            os.kill(child, signal.SIGKILL)
+            killed, deadline = True, None
+            continue
+        piece = os.read(ours, 4096).decode()
+        if not piece:
+            break
+        text += piece
+        ready = ready or time.monotonic()
+        if kill_after and not killed and deadline is None and kill_after[0] in text:
+            deadline = time.monotonic() + kill_after[1]
+    os.close(ours)
+    _, status = os.waitpid(child, 0)
+    assert killed or status == 0, f"the writer ended with status {status}"
+    return [line.split() for line in text.splitlines()], time.monotonic() - (ready or time.monotonic()), killed
+
+
+def main(root: Path, seed: int) -> None:
+    """Write undisturbed, then with kills spread over writing and sealing."""
+    draw = random.Random(seed)
+    lines, seconds, _ = run(root / "plain", None)
+    kills, losses, committed, starts = 0, 0, 0, []
+    plan = [("R", draw.uniform(0, seconds / 3)) for _ in range(5)] + [("S", draw.uniform(0, 0.05)) for _ in range(2)] + [None]
+    for kill_after in plan:
+        lines, _, killed = run(root / "killed", kill_after)
+        kills += killed
+        counts = [int(count) for kind, count in lines if kind in "RC"]
+        if counts:
+            losses += counts[0] < committed
+            starts.append(counts[0])
+            committed = max(counts)
+    with Path(root / "killed" / "manifest.json").open(encoding="utf-8") as file:
+        killed_manifest = json.load(file)
+    with Path(root / "plain" / "manifest.json").open(encoding="utf-8") as file:
+        plain_manifest = json.load(file)
+    print(json.dumps({"plain": plain_manifest, "killed": killed_manifest, "kills": kills, "losses": losses, "starts": starts}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
