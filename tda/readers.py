@@ -1,0 +1,184 @@
+"""Rows of a user's files, with their places: JSON lines, CSV, Parquet, saved data sets, the Hugging Face hub.
+
+JSON lines and CSV may be compressed (.gz). A folder is all its files of these kinds, or one data set saved by `datasets`.
+The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read as a row comes as `Malformed` in its place.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
+MAX_LINE = 64 * 2**20  # bytes of a line of JSON, characters of a field of CSV
+EXCERPT = 200  # characters of a malformed row that are kept
+ROWS_AT_ONCE = 1024  # of Parquet
+
+
+class Malformed(NamedTuple):
+    """A row that cannot be read, with the reason and its beginning."""
+
+    reason: str
+    excerpt: str = ""
+
+
+class Row(NamedTuple):
+    """A row and its place; `line` counts from 1: lines of a text file, rows of a table."""
+
+    file: str
+    line: int
+    value: Any  # a dict of the row's fields, if all is well
+
+
+def rows(location: str, *, split: str) -> Iterator[Row]:
+    """All rows at `location`, in order. Raises ValueError if it cannot be read at all."""
+    if location.startswith("hub:"):
+        return _hub(location, split=split)
+    path = Path(location)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{location} does not exist: expected builtin:python, a file, a folder or hub:<data set id>; correct the path"
+        )
+    if path.is_file():
+        return _file(path)
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        return _saved_data_set(path, split=split)
+    files = sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES))
+    if not files:
+        raise ValueError(
+            f"{location}: nothing to read in this folder: expected files ending in {', '.join(SUFFIXES)}, or a data set saved by "
+            "`datasets` (save_to_disk); name the right folder or convert the files"
+        )
+    return (row for file in files for row in _file(file))
+
+
+def stem(name: str) -> str:
+    """The name of a file or data set without folders and suffixes; the source of rows that name none."""
+    name = Path(name).name
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _file(path: Path) -> Iterator[Row]:
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(
+            f"{path} is of no known kind: expected {', '.join(SUFFIXES)}; got {path.suffix or 'no suffix'}; convert it"
+        )
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from _parquet(path)
+        return
+    read = _csv if name.endswith(".csv") else _json_lines
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+            for line, value in read(stream):
+                yield Row(path.name, line, value)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}; expected a whole gzip file; copy it again") from error
+
+
+def _json_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    line = 0
+    while raw := stream.readline(MAX_LINE + 1):
+        line += 1
+        if len(raw) > MAX_LINE:
+            excerpt = _decoded(raw)
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(MAX_LINE)
+            yield line, Malformed("line too long", excerpt)
+        elif raw.strip(b"\xef\xbb\xbf \t\r\n"):
+            yield line, _json(raw)
+
+
+def _json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Malformed("not UTF-8", _decoded(raw))
+    except (ValueError, RecursionError):
+        return Malformed("not JSON", _decoded(raw))
+
+
+def _decoded(raw: bytes) -> str:
+    return raw[:EXCERPT].decode("utf-8", "backslashreplace")
+
+
+def _csv(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """Rows below the header; the line is the row's last. Bytes that are not UTF-8 become surrogates, refused later."""
+    limit = csv.field_size_limit(MAX_LINE)
+    try:
+        reader = csv.reader(raw.decode("utf-8", "surrogateescape") for raw in stream)
+        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.line_num, Malformed("not CSV", str(error))
+                continue
+            if values and len(values) != len(header):
+                yield reader.line_num, Malformed("not as many columns as the header", str(values)[:EXCERPT])
+            elif values:
+                yield reader.line_num, dict(zip(header, values, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
+                for place in range(batch.num_rows):
+                    line += 1
+                    yield Row(path.name, line, _arrow_row(batch, place))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; expected a whole Parquet file; write or copy it again") from error
+
+
+def _arrow_row(batch: Any, place: int) -> Any:
+    try:
+        return {name: column[place].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except UnicodeDecodeError as error:
+        return Malformed("not UTF-8", _decoded(error.object))
+    except (ValueError, OverflowError) as error:
+        return Malformed("a value cannot be read", str(error)[:EXCERPT])
+
+
+def _saved_data_set(path: Path, *, split: str) -> Iterator[Row]:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be loaded: {error}; expected a folder written by save_to_disk; save it again") from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise ValueError(f"{path} has no split {split!r}: it has {', '.join(found)}; set prepare.split to one of them")
+        found = found[split]
+    for place, value in enumerate(found):
+        yield Row(path.name, place + 1, value)
+
+
+def _hub(location: str, *, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    name, _, configuration = location.removeprefix("hub:").partition(":")
+    try:
+        found = load_dataset(name, configuration or None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{location} (split {split!r}) could not be loaded: {type(error).__name__}: {error}; expected a data set that the "
+            "Hugging Face hub or its local cache has; where the hub is out of reach, run load_dataset(...).save_to_disk(FOLDER) "
+            "on a machine that reaches it, copy the folder, and name it instead of hub:..."
+        ) from error
+    for place, value in enumerate(found):
+        yield Row(name, place + 1, value)
