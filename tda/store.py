@@ -154,9 +154,9 @@ class GradientTable:
         known = self._known if self._known is not None else set(self.present())
         self._known = None  # until it is certain again what the table holds
         ids = [batch["doc_id"].to_pylist() for batch in batches]
-        masks = [pa.array([doc in known for doc in of_batch]) for of_batch in ids]
-        new = [part for batch, mask in zip(batches, masks, strict=True) if (part := batch.filter(pc.invert(mask))).num_rows]
-        changed = [part for batch, mask in zip(batches, masks, strict=True) if (part := batch.filter(mask)).num_rows]
+        masks = [np.array([doc in known for doc in of_batch]) for of_batch in ids]
+        new = [_select(batch, ~mask) for batch, mask in zip(batches, masks, strict=True) if not mask.all()]
+        changed = [_select(batch, mask) for batch, mask in zip(batches, masks, strict=True) if mask.any()]
         with self._clear_when_full():
             if new:
                 self._dataset = lance.write_dataset(iter(new), self._dataset, schema=new[0].schema, mode="append")
@@ -349,7 +349,7 @@ def dot_scores(
     if queries.shape[1] != table.dim or not np.isfinite(peaks(queries)).all():
         raise ValueError(f"{table.name}: queries of shape {queries.shape}; expected rows of {table.dim} finite numbers")
     scores = np.empty((len(doc_ids), len(queries)), np.float32)
-    columns = torch.tensor(queries, device=device).T.contiguous()
+    columns = torch.from_numpy(np.require(queries, requirements="W")).to(device).T
     vectors = torch.zeros(table.block_rows, table.dim, device=device)
     for positions, block in table.blocks(doc_ids, columns=["scale", "vector"], block_rows=table.block_rows):
         vectors[: len(positions)] = stored_vectors(block).to(device)
@@ -357,6 +357,11 @@ def dot_scores(
         products = (vectors @ columns)[: len(positions)].cpu().numpy()
         scores[positions] = products * number(block, "scale")[:, None]
     return scores
+
+
+def _select(batch: pa.RecordBatch, mask: np.ndarray) -> pa.RecordBatch:
+    """The rows of `batch` under `mask`; all of them without a copy."""
+    return batch if mask.all() else batch.filter(pa.array(mask))
 
 
 def _whole_identity(identity: dict[str, Any], **fixed: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def encode(rows: Rows, identity: dict[str, Any]) -> pa.RecordBatch:
     """Rows as they are stored."""
     n = len(rows)
     scales = row_scales(rows.vectors) if identity["dtype"] == "float16" else np.ones(n, np.float32)
-    stored = torch.from_numpy(rows.vectors / scales[:, None]).to(getattr(torch, identity["dtype"])).numpy()
+    stored = torch.from_numpy(rows.vectors / scales[:, None]).to(getattr(torch, identity["dtype"])).numpy()  # division is exact
     return pa.record_batch(
         [
             pa.array(rows.doc_ids, pa.string()),
@@ -118,10 +118,10 @@ def decode(block: pa.Table, doc_ids: list[str]) -> Rows:
     """Rows of a stored block; without its vector column the vectors are of width 0."""
     vectors = np.empty((len(doc_ids), 0), np.float32)
     if "vector" in block.column_names:
-        stored = stored_vectors(block)
-        vectors = stored.numpy()
-        if stored.dtype == torch.float16:
-            vectors = (stored.float() * torch.tensor(number(block, "scale"))[:, None]).numpy()
+        vectors = stored_vectors(block)
+        if vectors.dtype == torch.float16:
+            vectors = vectors.float().mul_(torch.tensor(number(block, "scale"))[:, None])
+        vectors = vectors.numpy()
     return Rows(
         doc_ids=doc_ids,
         content_hashes=block["content_hash"].to_pylist(),

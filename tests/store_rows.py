@@ -13,7 +13,7 @@ IDENTITY = {"weights": "w0", "projection": "p0", "loss": "nll", "layers": [["lay
 def make_rows(ids: list[str], *, dim: int = DIM, version: int = 0) -> Rows:
     """Rows that are a function of each id alone."""
     draws = [np.random.default_rng(list(f"{doc}/{version}".encode())) for doc in ids]
-    sizes = [10.0 ** draw.integers(-9, 9) for draw in draws]
+    scales = [10.0 ** draw.integers(-9, 9) for draw in draws]
     return Rows(
         doc_ids=list(ids),
         content_hashes=[f"hash-{doc}-{version}" for doc in ids],
@@ -21,7 +21,9 @@ def make_rows(ids: list[str], *, dim: int = DIM, version: int = 0) -> Rows:
         tokens=np.array([draw.integers(1, 100) for draw in draws], np.int32),
         losses=np.array([draw.random() for draw in draws], np.float32),
         gradient_norms=np.array([draw.random() for draw in draws], np.float32),
-        vectors=np.array([size * draw.standard_normal(dim) for size, draw in zip(sizes, draws, strict=True)], np.float32),
+        vectors=np.array(
+            [scale * draw.standard_normal(dim) for scale, draw in zip(scales, draws, strict=True)], np.float32
+        ).reshape(len(ids), dim),
     )
 
 

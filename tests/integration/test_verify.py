@@ -140,7 +140,8 @@ def test_what_no_manifest_names_is_removed_and_the_rest_stays(workspace):
     assert [line.split(": ")[0].replace("would remove", "removed") for line in planned] == [line.split(": ")[0] for line in done]
     assert len(done) == 3  # the table of other weights, and a tag of each table that stays
     assert any(line.startswith(f"removed {first['tag']} of {first['table']}: ") for line in done)
-    assert all(int(line.split()[-2]) > 0 for line in done)
+    for said, freed in zip(planned, done, strict=True):
+        assert 0 < int(said.split()[-2]) <= int(freed.split()[-2])
     assert verify(workspace) == []
     for manifest in (old, other):
         with pytest.raises(FileNotFoundError, match="has no version"):
@@ -155,6 +156,14 @@ def test_unfinished_rows_stay_and_abandoned_ones_go(workspace):
     assert line.startswith(f"removed {abandoned}: ")
     assert table_path(workspace.store, unfinished).exists()
     assert not table_path(workspace.store, abandoned).exists()
+
+
+def test_rows_written_since_the_last_seal_stay(workspace):
+    table = open_table(workspace.store, checkpoint=0, segment=0, identity=IDENTITY, dim=DIM, dtype="float16")
+    table.upsert(make_rows(["new"]))
+    assert collect_garbage(workspace, dry_run=True) == collect_garbage(workspace) == []
+    again = open_table(workspace.store, checkpoint=0, segment=0, identity=IDENTITY, dim=DIM, dtype="float16")
+    assert again.present().keys() == {*IDS, "new"}
 
 
 def test_a_sealed_table_whose_manifest_is_gone_goes(workspace):
