@@ -13,6 +13,7 @@ from tda.parallel import progress_is_shown
 
 SHINGLE = 3  # words
 PERMUTATIONS = 64
+MAX_INDEX_THRESHOLD = 0.95  # candidates need at least two bands of the index
 RECALL_WEIGHTS = (0.1, 0.9)  # of false positives, of false negatives: candidates are verified, so a missed pair costs more
 
 _WORD = re.compile(r"\w+")
@@ -45,7 +46,7 @@ def without_near_copies(documents: Iterable[Document], *, threshold: float, of: 
     ordered = sorted(documents, key=lambda document: document.id)
     if threshold == 0:
         return ordered
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=RECALL_WEIGHTS)
+    index = MinHashLSH(threshold=min(threshold, MAX_INDEX_THRESHOLD), num_perm=PERMUTATIONS, weights=RECALL_WEIGHTS)
     prototype = MinHash(PERMUTATIONS, hashfunc=int, scheme="affine64")
     indexed: list[np.ndarray] = []
     kept = []

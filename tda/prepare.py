@@ -273,7 +273,7 @@ def _nested(table: pl.DataFrame, outer: str, inner: str) -> dict[str, dict[str, 
     return counts
 
 
-def _token_statistics(table: pl.DataFrame) -> dict[str, float]:
+def _token_statistics(table: pl.DataFrame) -> dict[str, int | float]:
     lengths = table["num_tokens"]
     return {
         "documents": len(lengths),

@@ -9,8 +9,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".csv.gz")
 MAX_LINE = 64 * 2**20  # bytes of a line of JSON, characters of a field of CSV
@@ -81,7 +82,7 @@ def _file(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} is truncated or damaged: {error}; expected a whole gzip file; copy it again") from error
 
 
-def _json_lines(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _json_lines(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
     line = 0
     while raw := stream.readline(MAX_LINE + 1):
         line += 1
@@ -104,10 +105,10 @@ def _json(raw: bytes) -> Any:
 
 
 def _decoded(raw: bytes) -> str:
-    return raw[:EXCERPT].decode("utf-8", "backslashreplace")
+    return raw[:EXCERPT].strip().decode("utf-8", "backslashreplace")
 
 
-def _csv(stream: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _csv(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
     """Rows below the header; the line is the row's last. Bytes that are not UTF-8 become surrogates, refused later."""
     limit = csv.field_size_limit(MAX_LINE)
     try:

@@ -146,15 +146,14 @@ def part_starts(text: str, offsets: Sequence[tuple[int, int]], *, room: int) -> 
     starts = [0]
     while len(offsets) - starts[-1] > room:
         full = starts[-1] + room
-        near = range(full, max(starts[-1], full - room // 4), -1)
-        clean = [place for place in near if offsets[place - 1][1] <= offsets[place][0]]
-        words = (place for place in clean if _begins_word(text, offsets[place][0]))
+        clean = [place for place in range(full, starts[-1], -1) if offsets[place - 1][1] <= offsets[place][0]]
+        words = (place for place in clean if place > full - room // 4 and _begins_word(text, offsets[place][0]))
         starts.append(next(words, clean[0] if clean else full))
     return starts
 
 
 def _begins_word(text: str, at: int) -> bool:
-    return text[at : at + 1].isspace() or text[at - 1 : at].isspace()
+    return text[at - 1 : at + 1] != text[at - 1 : at + 1].strip()
 
 
 def _pair_rows(
