@@ -121,12 +121,32 @@ def only_flow(root: Path) -> Iterator[None]:
 
 
 def order_lock(root: Path, before: list[str]) -> None:
-    """Bring the stages in `dvc.lock` into the order `before`, new ones after them in graph order."""
+    """Bring the stages in `dvc.lock`, of which `before` were there at the start, into the order that `dvc repro` leaves."""
     stages = _locked_stages(root)
-    order = [stage for stage in dict.fromkeys([*before, *load_graph(root), *stages]) if stage in stages]
+    order = locked_order(before, load_graph(root), set(stages))
     if order != list(stages):
         lock = root / "dvc.lock"
         dump_yaml(str(lock), load_yaml(str(lock)) | {"stages": {stage: stages[stage] for stage in order}})
+
+
+def locked_order(before: list[str], needs: dict[str, list[str]], locked: set[str]) -> list[str]:
+    """The order of the `locked` stages had they run one after the other, in graph order, appending those not there `before`.
+
+    A stage is new because the graph has grown, and then some known stage needs it, or because an earlier run failed before it;
+    a run one after the other would then have stopped there, so it comes before what runs side by side got done after it.
+    """
+    place = {stage: number for number, stage in enumerate(needs)}
+    needed, todo = set(), [stage for stage in before if stage in needs]
+    while todo:
+        new = set(needs[todo.pop()]) - needed
+        needed |= new
+        todo += new
+    order = [stage for stage in before if stage in locked]
+    for stage in needs:
+        if stage in locked and stage not in before:
+            later = (number for number, other in enumerate(order) if place.get(other, -1) > place[stage])
+            order.insert(len(order) if stage in needed else next(later, len(order)), stage)
+    return order
 
 
 def _locked_stages(root: Path) -> dict:

@@ -216,11 +216,11 @@ def _verdict(options: argparse.Namespace) -> int:
 
 def _audit(options: argparse.Namespace) -> int:
     from tda.artifacts import only_run
-    from tda.audit import audit
+    from tda.stages import audit
 
     config, workspace = _inputs(options)
     with only_run(workspace.work / "audit.lock"):
-        result = audit(config, workspace, options.date or datetime.now(UTC).date())
+        result = audit(config, workspace, date=(options.date or datetime.now(UTC).date()).isoformat())
     if options.json:
         _print_json({"passed": result.passed, "summary": result.summary, "report": str(result.report)})
     else:

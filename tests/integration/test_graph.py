@@ -239,6 +239,22 @@ def test_walking_the_graph_leaves_the_same_lock_as_dvc_repro(toy, tmp_path_facto
     assert "up to date" in dvc(toy, "repro")
 
 
+NEEDS = {"first": [], "part@0": ["first"], "part@1": ["first"], "part@2": ["first"], "last": ["part@0", "part@1", "part@2"]}
+
+
+@pytest.mark.parametrize(
+    ("before", "order"),
+    [
+        ([], ["first", "part@0", "part@1", "part@2", "last"]),
+        (["first", "part@0", "part@2"], ["first", "part@0", "part@1", "part@2", "last"]),  # part@1 failed, then was mended
+        (["first", "part@0", "last"], ["first", "part@0", "last", "part@1", "part@2"]),  # the graph has grown
+        (["gone", "first", "part@1", "part@0", "part@2"], ["gone", "first", "part@1", "part@0", "part@2", "last"]),
+    ],
+)
+def test_the_lock_is_ordered_as_if_stages_had_run_one_after_the_other(before, order):
+    assert graph.locked_order(before, NEEDS, set(order)) == order
+
+
 def test_a_failed_stage_names_itself_and_leaves_its_siblings(toy):
     (toy / "part.sh").write_text("test $1 != 2 || { echo 'tda part: no space left' >&2; exit 1; }")
     (toy / "dvc.yaml").write_text(TOY.replace("sleep 0.${item}", "sh part.sh ${item}"))

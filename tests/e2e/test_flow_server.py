@@ -1,0 +1,301 @@
+"""The deployments on a real Prefect server with a process worker, both on loopback, over a toy pipeline of quick stages."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+PROJECT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_SECONDS = 120
+
+DVC_FILE = """
+stages:
+  prepare:
+    cmd: mkdir -p data/prepare data/parts && echo ${prepare.seed} > data/prepare/documents
+    params: [prepare.seed]
+    outs: [data/prepare/documents]
+  gradients:
+    foreach: ${train.checkpoints}
+    do:
+      cmd: sh part.sh ${item}
+      deps: [data/prepare/documents]
+      outs: ["data/parts/${item}"]
+  evaluation:
+    cmd: python evaluation.py
+    deps: [data/parts, evaluation.py]
+    params: [curation.drop]
+    outs: [data/evaluation, data/report]
+"""
+
+PART = """
+test ! -e "break-$1" || { echo 'tda gradients: no such checkpoint' >&2; exit 1; }
+while test -e hold; do sleep 0.2; done
+echo "$1" "$TDA_WORKERS" >> placed
+cp data/prepare/documents "data/parts/$1"
+"""
+
+EVALUATION = """
+import json, pathlib
+for folder in ("data/evaluation", "data/report"):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+write = lambda path, value: pathlib.Path("data", path).write_text(json.dumps(value))
+write("evaluation/verdict.json", {"accepted": True, "rule": "toy rule", "summary": "toy summary"})
+write("evaluation/metrics.json", {"recall": {"source": 0.75}, "auc": 0.5})
+write("report/index.html", "")
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Prefect server and what a client needs to talk to it."""
+
+    url: str
+    environment: dict[str, str]
+
+    def post(self, path: str, body: dict) -> list[dict]:
+        request = urllib.request.Request(
+            f"{self.url}/{path}", json.dumps(body).encode(), headers={"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def run(self, root: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=root,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=check,
+            timeout=300,
+        )
+
+    def artifacts(self, key: str) -> list[dict]:
+        return self.post("artifacts/filter", {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"})
+
+
+def started(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """In a process group of its own, so that all of it can be ended."""
+    log = (folder / f"{command[1]}.log").open("w")
+    process = subprocess.Popen(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    log.close()
+    return process
+
+
+def ended(process: subprocess.Popen) -> None:
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the processes that were started with this folder as Prefect's home."""
+    mark, found = f"PREFECT_HOME={folder}".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0") and (entry / "cmdline").read_bytes():
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")} | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    process = started(["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)], home, environment)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None and time.monotonic() < deadline, (home / "server.log").read_text()
+                time.sleep(0.5)
+        yield Server(url, environment)
+    finally:
+        ended(process)
+    assert processes_of(home) == []
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("toy")
+    shutil.copytree(PROJECT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", "prefect.yaml", "prefect.toml"):
+        shutil.copy(PROJECT / name, root)
+    for name, text in {"dvc.yaml": DVC_FILE, "part.sh": PART, "evaluation.py": EVALUATION}.items():
+        (root / name).write_text(text)
+    for command in (["init", "--no-scm", "--quiet"], ["config", "core.analytics", "false"]):
+        subprocess.run([str(BIN / "dvc"), *command], cwd=root, check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def deployed(server, toy) -> Iterator[Server]:
+    """The deployments of prefect.yaml, and a worker that serves them."""
+    server.run(toy, "prefect", "work-pool", "create", "--type", "process", "local-process")
+    server.run(toy, "prefect", "--no-prompt", "deploy", "--all")
+    worker = started(["prefect", "worker", "start", "--pool", "local-process", "--type", "process"], toy, server.environment)
+    try:
+        yield server
+    finally:
+        ended(worker)
+
+
+def locked(root: Path, tmp_path: Path) -> bytes:
+    """The `dvc.lock` that `dvc repro` alone would leave."""
+    twin = tmp_path / "twin"
+    shutil.copytree(root, twin, ignore=shutil.ignore_patterns("data", "dvc.lock", "tmp", "cache"))
+    subprocess.run(
+        [str(BIN / "dvc"), "repro", "--quiet"], cwd=twin, check=True, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    )
+    return (twin / "dvc.lock").read_bytes()
+
+
+def test_a_failed_stage_is_named_and_the_rest_goes_on(deployed, toy):
+    (toy / "break-1").touch()
+    result = deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--watch", check=False)
+    assert result.returncode == 1
+    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    message = run["state"]["message"]
+    assert "stage gradients@1 failed: tda gradients: no such checkpoint" in message
+    assert "Not started: evaluation." in message
+    assert sorted(path.name for path in (toy / "data" / "parts").iterdir()) == ["0", "2", "3", "4", "5"]
+    tasks = deployed.post("task_runs/filter", {"task_runs": {"name": {"any_": ["gradients@1"]}}})
+    assert [task["run_count"] for task in tasks] == [1], "wrong input is not tried again"
+    (toy / "break-1").unlink()
+
+
+def test_the_deployment_runs_to_the_end_and_leaves_artifacts(deployed, toy, tmp_path):
+    deployed.run(
+        toy, "prefect", "deployment", "run", "curate/llm", "--watch", "--params", json.dumps({"params": {"curation.drop": 0.05}})
+    )
+    assert "drop: 0.05" in (toy / "params.yaml").read_text()
+    assert (toy / "dvc.lock").read_bytes() == locked(toy, tmp_path)
+    assert "up to date" in deployed.run(toy, "dvc", "status").stdout
+    assert "toy summary" in deployed.artifacts("verdict")[0]["data"]
+    assert json.loads(deployed.artifacts("metrics")[0]["data"]) == [
+        {"metric": "recall.source", "value": 0.75},
+        {"metric": "auc", "value": 0.5},
+    ]
+    assert (toy / "data" / "report" / "index.html").as_uri() in deployed.artifacts("report")[0]["data"]
+    cores = len(os.sched_getaffinity(0))
+    workers = str(cores // min(cores, 6))
+    assert sorted((toy / "placed").read_text().split()) == sorted([*"012345", *[workers] * 6])
+
+
+def test_nothing_runs_when_nothing_has_changed(deployed, toy):
+    before = len(deployed.post("task_runs/filter", {}))
+    deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--watch")
+    assert len(deployed.post("task_runs/filter", {})) == before
+
+
+def test_a_wrong_parameter_fails_the_run_and_changes_nothing(deployed, toy):
+    before = (toy / "params.yaml").read_bytes()
+    result = deployed.run(
+        toy, "prefect", "deployment", "run", "curate/llm", "--watch", "--params", '{"params": {"curation.drip": 1}}', check=False
+    )
+    assert result.returncode == 1
+    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert "unknown key curation.drip" in run["state"]["message"]
+    assert (toy / "params.yaml").read_bytes() == before
+
+
+def test_a_cancelled_run_leaves_no_process_and_no_half_stage(deployed, toy):
+    (toy / "hold").touch()
+    before = (toy / "dvc.lock").read_bytes()
+    deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--params", '{"params": {"prepare.seed": 7}}')
+    records = toy / ".dvc" / "tmp" / "flow"
+    wait_until(lambda: len(list(records.glob("[0-9]*"))) and "7" in (toy / "params.yaml").read_text())
+    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    wait_until(lambda: any(b"part.sh" in Path(path, "cmdline").read_bytes() for path in children(records)))
+    deployed.run(toy, "prefect", "flow-run", "cancel", run["id"])
+    wait_until(lambda: not children(records))
+    wait_until(
+        lambda: (
+            deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]["state"]["type"] == "CANCELLED"
+        )
+    )
+    lock = (toy / "dvc.lock").read_bytes()
+    assert lock.count(b"gradients@") == before.count(b"gradients@")
+    (toy / "hold").unlink()
+    deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--watch")
+    assert "up to date" in deployed.run(toy, "dvc", "status").stdout
+
+
+def children(records: Path) -> list[str]:
+    """Processes of the groups on record."""
+    found = []
+    groups = {path.name for path in records.glob("[0-9]*")}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if group in groups and state not in "ZX":
+            found.append(str(entry))
+    return found
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if condition():
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_the_flow_runs_on_the_embedded_server_too(server, toy, tmp_path):
+    home = tmp_path / "prefect"
+    alone = Server(
+        "", {key: value for key, value in server.environment.items() if key != "PREFECT_API_URL"} | {"PREFECT_HOME": str(home)}
+    )
+    assert "Nothing has changed" in alone.run(toy, "python", "-m", "flows.curate").stdout
+    wait_until(lambda: not processes_of(home), seconds=30)
