@@ -209,9 +209,15 @@ def _verdict(options: argparse.Namespace) -> int:
     print(f"report         {workspace.report}   (open it in a browser)")
     print(f"decision       {workspace.manifest}   (keep, weight, score and reason of every document)")
     print(f"curated data   {workspace.curated_jsonl}\n")
-    print("next           tda query 'any text'            which documents helped or hurt the model on it")
-    print("               edit params.yaml, then make run  only what a change touches runs again")
+    print(f"next           {_command()} query 'any text'   which documents helped or hurt the model on it")
+    print("               edit params.yaml, then `make run`: only what the change touches runs again")
     return OK
+
+
+def _command() -> str:
+    """How to call `tda` from here."""
+    command = Path(sys.executable).parent / "tda"
+    return str(command.relative_to(Path.cwd())) if command.is_relative_to(Path.cwd()) else "tda"
 
 
 def _audit(options: argparse.Namespace) -> int:
