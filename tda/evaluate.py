@@ -130,7 +130,10 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
             "text": "Loss on unseen targets is lower than with the random control of the same size",
             "holds": against_random["high"] < 0,
         },
-        {"text": f"General loss is at most {limit:g} nats per token above that with all data", "holds": general["high"] <= limit},
+        {
+            "text": f"General loss is at most {limit:g} nats per token above that with all data",
+            "holds": general["high"] <= limit,
+        },
     ]
     accepted = changed and all(condition["holds"] for condition in conditions)
     seeds = against_all["num_seeds"]
@@ -156,6 +159,8 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
             f"of the change in general held-out loss against all data is at most {limit:g} nats per token."
         ),
         "summary": f"{answer} {effect}",
+        "answer": answer,
+        "effect": effect,
         "conditions": conditions,
         "confidence": rule.confidence,
         "max_general_loss_increase": limit,
