@@ -17,7 +17,7 @@ HASH_BLOCK = 1 << 24  # bytes
 def architecture_digest(model: nn.Module) -> str:
     """A digest of every parameter's name and shape."""
     shapes = sorted((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
-    return xxhash.xxh3_128_hexdigest(repr(shapes))
+    return xxhash.xxh3_128_hexdigest(repr(shapes).encode())
 
 
 def weights_digest(folder: Path) -> str:

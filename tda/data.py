@@ -1,5 +1,6 @@
 """Documents as token rows, and batches of them with their masks."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+import xxhash
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -26,6 +28,13 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def digest(self, *more: str) -> str:
+        """A digest of all that a run on these documents depends on, and of `more`."""
+        identity = [self.ids, self.content_hashes, self.parts, self.loss_starts.tolist(), self.lengths.tolist(), *more]
+        digest = xxhash.xxh3_128(json.dumps(identity).encode())
+        digest.update(np.concatenate(self.tokens).astype(np.int32).tobytes())
+        return digest.hexdigest()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -51,7 +51,9 @@ def load_model(name: str | Path) -> nn.Module:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
     except (OSError, SafetensorError, EOFError, RuntimeError) as error:

@@ -69,7 +69,7 @@ def _as_document(text: str, *, config: Config, workspace: Workspace) -> Document
         ids=["query"],
         sources=["query"],
         parts=["mixed"],
-        content_hashes=[xxhash.xxh3_128_hexdigest(text)],
+        content_hashes=[xxhash.xxh3_128_hexdigest(text.encode())],
         tokens=[np.array(tokens, dtype=np.int32)],
         loss_starts=np.array([1]),
     )

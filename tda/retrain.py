@@ -3,12 +3,10 @@
 For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the same order.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import xxhash
 
 from tda.artifacts import Workspace, read_json, read_table, remove, write_json
 from tda.config import Config
@@ -45,7 +43,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     heldout = load_documents(workspace.heldout)
     vocabulary = tokenizer_size(workspace)
     device = device_of(config.compute)
-    work = workspace.work / "retraining" / _fingerprint(config, documents, weights)
+    work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
 
     def one(run: tuple[int, str]) -> Path:
         seed, arm = run
@@ -85,10 +83,3 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     remove(work)
     return table
 
-
-def _fingerprint(config: Config, documents: Documents, weights: np.ndarray) -> str:
-    digest = xxhash.xxh3_128(config.train.model_dump_json())
-    digest.update(json.dumps([documents.ids, documents.content_hashes, documents.parts]))
-    digest.update(np.concatenate(documents.tokens).tobytes())
-    digest.update(weights.tobytes())
-    return digest.hexdigest()

@@ -1,12 +1,10 @@
 """A training run on disk: checkpoints and trajectory, resumed where a killed one stopped."""
 
-import json
 import shutil
 from pathlib import Path
 
 import polars as pl
 import torch
-import xxhash
 from torch import nn
 from tqdm import tqdm
 
@@ -56,7 +54,7 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends)
     optimizer = make_optimizer(model, recipe)
 
-    work = workspace.work / "train" / _fingerprint(recipe, documents)
+    work = workspace.work / "train" / documents.digest(recipe.model_dump_json())
     done, before = _resume(work, model, optimizer, num_checkpoints=len(at))
     taken: list[Taken] = []
     with tqdm(total=len(steps), initial=done, desc="training", unit="step", disable=not progress_is_shown()) as bar:
@@ -103,14 +101,6 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
         },
     )
     remove(work)
-
-
-def _fingerprint(recipe: Train, documents: Documents) -> str:
-    digest = xxhash.xxh3_128(recipe.model_dump_json())
-    digest.update(json.dumps([documents.ids, documents.content_hashes, documents.parts]))
-    for tokens in documents.tokens:
-        digest.update(tokens.tobytes())
-    return digest.hexdigest()
 
 
 def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_checkpoints: int) -> tuple[int, pl.DataFrame]:

@@ -135,8 +135,8 @@ def scores(config: Config, workspace: Workspace) -> None:
 
 def curation(config: Config, workspace: Workspace) -> None:
     """The decision per document, and the curated data set."""
-    from tda.artifacts import read_table, whole, write_json, write_table
-    from tda.curate import count_decisions, curate, curated_documents, json_lines
+    from tda.artifacts import read_table
+    from tda.curate import curate, curated_documents, write_curation
 
     table = read_table(workspace.scores, stage="scores")
     column = f"score_{config.curation.method}"
@@ -145,11 +145,7 @@ def curation(config: Config, workspace: Workspace) -> None:
         raise ValueError(f"curation.method: unknown method {config.curation.method!r}; known are {', '.join(known)}")
     manifest = curate(table.select("doc_id", "content_hash", "source", score=column), config.curation)
     curated = curated_documents(read_table(workspace.documents, stage="prepare"), manifest)
-    write_table(workspace.manifest, manifest)
-    write_table(workspace.curated, curated)
-    with whole(workspace.curated_jsonl) as part:
-        part.write_text(json_lines(curated), encoding="utf-8")
-    write_json(workspace.curation, count_decisions(manifest))
+    write_curation(manifest, curated, config.curation, workspace)
 
 
 def retraining(config: Config, workspace: Workspace) -> None:

@@ -80,8 +80,16 @@ class GradientTable:
 
     def present(self) -> dict[str, str]:
         """Content hash of every document that has a row, by its id."""
-        table = self._dataset.to_table(columns=["doc_id", "content_hash"])
-        return dict(zip(table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        return _contents(self._dataset)
+
+    def sealed(self) -> dict[str, str]:
+        """Content hash of every document that had a row when the table was sealed last, by its id; empty if it never was."""
+        import lance
+
+        versions = [tag["version"] for tag in self._dataset.tags.list().values()]
+        if not versions:
+            return {}
+        return _contents(lance.dataset(table_path(self.store, self.name), version=max(versions)))
 
     def check_space(self, num_rows: int) -> None:
         """Refuse to start on `num_rows` more rows if the disk cannot hold them.
@@ -367,6 +375,11 @@ def _select(batch: pa.RecordBatch, mask: np.ndarray) -> pa.RecordBatch:
 def _whole_identity(identity: dict[str, Any], **fixed: Any) -> dict[str, Any]:
     """`identity` with place and form of the rows, as it comes back from JSON."""
     return json.loads(canonical(identity | fixed))
+
+
+def _contents(dataset: Any) -> dict[str, str]:
+    table = dataset.to_table(columns=["doc_id", "content_hash"])
+    return dict(zip(table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
 
 
 def _stored_identity(dataset: Any) -> dict[str, Any]:

@@ -183,6 +183,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:
     """Write weights, optimizer state and step number to `folder`, whole or not at all."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     with whole(folder) as part:
         part.mkdir()
         model.save_pretrained(part / "model")
