@@ -8,7 +8,6 @@ from jaxtyping import Float
 from scipy.optimize import brentq
 from scipy.stats import rankdata
 
-from tda.artifacts import Workspace, whole, write_json, write_table
 from tda.config import Curation
 
 MANIFEST = ["doc_id", "content_hash", "source", "score", "rank", "keep", "weight", "reason"]
@@ -182,10 +181,6 @@ def curated_documents(documents: pl.DataFrame, manifest: pl.DataFrame) -> pl.Dat
     return kept
 
 
-def write_curation(manifest: pl.DataFrame, curated: pl.DataFrame, config: Curation, workspace: Workspace) -> None:
-    """Write the manifest, the curated documents as Parquet and as JSON lines that `datasets` loads, and the counts."""
-    write_table(workspace.curated, curated)
-    with whole(workspace.curated_jsonl) as part:
-        curated.write_ndjson(part)
-    write_json(workspace.curation, {"settings": config.model_dump(), **count_decisions(manifest)})
-    write_table(workspace.manifest, manifest)
+def json_lines(table: pl.DataFrame) -> str:
+    """`table` as JSON lines that `datasets` loads."""
+    return table.write_ndjson()

@@ -11,7 +11,7 @@ import xxhash
 from tda.artifacts import Workspace, write_json, write_table
 from tda.baselines import random_scores
 from tda.config import Config, load_config
-from tda.curate import curate, curated_documents, write_curation
+from tda.curate import count_decisions, curate
 from tda.evaluate import evaluate, write_evaluation
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
@@ -81,7 +81,8 @@ def fake_workspace(
     write_json(workspace.scoring, {"query_ids": queries, "layers": 28, "rank": 16})
 
     manifest = curate(scores.select("doc_id", "content_hash", "source", score="score_source"), config.curation)
-    write_curation(manifest, curated_documents(documents, manifest), config.curation, workspace)
+    write_table(workspace.manifest, manifest)
+    write_json(workspace.curation, count_decisions(manifest))
     runs = _runs(random, gain, num_documents, int(manifest["keep"].sum()))
     write_table(workspace.retraining, runs)
     damaged = truth if damage else None

@@ -6,9 +6,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from tda.artifacts import Workspace, read_json
+from tda.artifacts import write_table
 from tda.config import Curation
-from tda.curate import MANIFEST, count_decisions, curate, curated_documents, drop_limit, rank_weights, write_curation
+from tda.curate import MANIFEST, count_decisions, curate, curated_documents, drop_limit, json_lines, rank_weights
 
 
 def settings(**changes) -> Curation:
@@ -138,18 +138,16 @@ def documents() -> pl.DataFrame:
 def test_curated_files_load_with_datasets_as_they_were_written(tmp_path):
     manifest = curate(scores([1.0, 1.0, 1.0, 1.0, -1.0]), settings(drop=1))
     curated = curated_documents(documents(), manifest.sample(fraction=1.0, shuffle=True, seed=0))
-    workspace = Workspace(tmp_path)
-    write_curation(manifest, curated, settings(drop=1), workspace)
+    write_table(tmp_path / "curated.parquet", curated)
+    (tmp_path / "curated.jsonl").write_text(json_lines(curated), encoding="utf-8")
     cache = str(tmp_path / "cache")
     loaded = {
-        "jsonl": datasets.load_dataset("json", data_files=str(workspace.curated_jsonl), split="train", cache_dir=cache),
-        "parquet": datasets.Dataset.from_parquet(str(workspace.curated), cache_dir=cache),
+        "jsonl": datasets.load_dataset("json", data_files=str(tmp_path / "curated.jsonl"), split="train", cache_dir=cache),
+        "parquet": datasets.Dataset.from_parquet(str(tmp_path / "curated.parquet"), cache_dir=cache),
     }
     for table in loaded.values():
         assert table["text"][:] == HOSTILE[:4]
         assert_frame_equal(pl.DataFrame(table.to_list()), curated)
-    assert_frame_equal(pl.read_parquet(workspace.manifest), manifest)
-    assert read_json(workspace.curation, stage="curation")["num_dropped"] == 1
 
 
 def test_curated_documents_refuse_another_decision_and_an_empty_result():
