@@ -316,7 +316,7 @@ def recall(curve: pl.DataFrame, *, styles: dict[str, str], share_damaged: Number
     parts.append(_path([(frame.x(0), frame.y(0)), (frame.x(share_damaged), frame.y(1)), (frame.x(1), frame.y(1))], "line ideal"))
     parts.append(_line(frame.x(0), frame.y(0), frame.x(1), frame.y(1), "line ideal"))
     for method, style in styles.items():
-        points = [(frame.x(a), frame.y(b)) for a, b in curve.filter(method=method).select("share_inspected", "recall").rows()]
+        points = [(frame.x(a), frame.y(b)) for a, b in curve.select("share_inspected", method).rows()]
         parts.append(_path(points, style))
     return svg(HALF, 312, "Recall of the planted damage by method; the table of methods has the numbers.", parts)
 

@@ -58,10 +58,12 @@ def evaluate(
         "retraining": {row["arm"]: {measure: row[measure] for measure in MEASURES} for row in arms.to_dicts()},
         "difference": _nested_differences(comparisons),
     }
+    histogram = score_histogram(manifest)
     plots = {
-        "retraining": runs.select("arm", "seed", *MEASURES).sort("arm", "seed"),
+        "retraining": runs.sort("arm").pivot("arm", index="seed", values=MEASURES).sort("seed"),
         "training_loss": trajectory.select("step", "stage", "loss", "learning_rate").sort("step"),
-        "score_histogram": score_histogram(manifest),
+        "score_histogram": histogram.group_by("low", "high").agg(pl.col("documents", "dropped").sum()).sort("low"),
+        "scores_by_source": histogram,
     }
     if truth is not None and truth["damaged"].any():
         found, curve, planted = find_damage(scores, manifest=manifest, truth=truth)
@@ -187,7 +189,7 @@ def _nested_differences(comparisons: Sequence[dict]) -> dict:
 
 
 def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataFrame) -> tuple[dict, pl.DataFrame, pl.DataFrame]:
-    """What every `score_METHOD` and the decision find of the damage; the recall curves; the planted documents.
+    """What every `score_METHOD` and the decision find of the damage; recall curves, a column each; the planted documents.
 
     Raises:
         ValueError: the scores or the truth are not of the manifest's documents.
@@ -204,7 +206,8 @@ def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataF
     damaged, kinds = table["damaged"].to_numpy(), table["kind"].to_numpy()
     num_damaged, num_dropped = int(damaged.sum()), int((~table["keep"]).sum())
     kind_names = sorted(set(kinds[damaged]))
-    methods, curves = {}, []
+    inspected = np.linspace(0, len(table), CURVE_POINTS).round().astype(int)
+    methods, curves = {}, {"share_inspected": inspected / len(table)}
     for column in (name for name in table.columns if name.startswith("score_")):
         method = column.removeprefix("score_")
         harm = -table[column].cast(pl.Float64).fill_null(math.nan).to_numpy()
@@ -224,9 +227,7 @@ def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataF
         }
         if num_dropped:
             methods[method]["recall_at_dropped"] = float(found[num_dropped - 1] / num_damaged)
-        inspected = np.linspace(0, len(table), CURVE_POINTS).round().astype(int)
-        recall = np.concatenate([[0], found])[inspected] / num_damaged
-        curves.append(pl.DataFrame({"method": method, "share_inspected": inspected / len(table), "recall": recall}))
+        curves[method] = np.concatenate([[0], found])[inspected] / num_damaged
     planted = table.filter("damaged").sort("rank").select("doc_id", "source", "kind", "rank", "keep")
     counts = {
         "num_damaged": num_damaged,
@@ -234,7 +235,7 @@ def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataF
         "kinds": {kind: int((kinds[damaged] == kind).sum()) for kind in kind_names},
         "methods": methods,
     }
-    return counts, pl.concat(curves), planted
+    return counts, pl.DataFrame(curves), planted
 
 
 def roc_auc(harm: Float[np.ndarray, " document"], damaged: Bool[np.ndarray, " document"]) -> float:

@@ -52,7 +52,7 @@ def build_report(workspace: Workspace, config: Config) -> str:
     metrics = read_json(workspace.metrics, stage="evaluation")
     counts = read_json(workspace.curation, stage="curation")
     training = read_json(workspace.training, stage="train")
-    histogram = _plot(workspace, "score_histogram")
+    histogram = _plot(workspace, "scores_by_source")
     exponent = power_of_ten(manifest["score"].to_numpy())
     return render(
         "report.html.j2",
@@ -94,7 +94,7 @@ def method_name(method: str) -> str:
 
 
 def _plot(workspace: Workspace, name: str) -> pl.DataFrame:
-    text_columns = {"source": pl.String, "arm": pl.String, "method": pl.String, "doc_id": pl.String, "kind": pl.String}
+    text_columns = {"source": pl.String, "doc_id": pl.String, "kind": pl.String} if name != "recall_curve" else {}
     return pl.read_csv(
         existing(workspace.plots / f"{name}.csv", stage="evaluation"), schema_overrides=text_columns, infer_schema_length=None
     )

@@ -149,10 +149,10 @@ def test_planted_damage_is_found_by_the_score_that_ranks_it_first():
     assert source["kinds"]["encoding"]["recall_at_damaged"] == 1 / 2  # d01 is among the first five, d09 is not
     assert source["kinds"]["shuffled"]["recall_at_damaged"] == 2 / 3
     assert ties["auc"] == 0.5
-    curve = evaluation.plots["recall_curve"].filter(method="source")
-    assert curve["share_inspected"].to_list()[:: len(curve) - 1] == [0, 1]
-    assert curve["recall"].to_list()[:: len(curve) - 1] == [0, 1]
-    assert curve["recall"].is_sorted()
+    curve = evaluation.plots["recall_curve"]
+    assert curve.columns == ["share_inspected", "source", "bm25", "random"]
+    assert curve.select("share_inspected", "source").rows()[:: len(curve) - 1] == [(0, 0), (1, 1)]
+    assert curve["source"].is_sorted()
     assert evaluation.plots["planted"].select("doc_id", "keep").rows() == [
         ("d00", False),
         ("d01", False),
@@ -166,7 +166,7 @@ def test_planted_damage_is_found_by_the_score_that_ranks_it_first():
 def test_without_damage_its_metrics_and_plots_are_absent(damage):
     evaluation = judged(retraining(target=-0.1), damage=damage)
     assert "damage" not in evaluation.metrics
-    assert sorted(evaluation.plots) == ["retraining", "score_histogram", "training_loss"]
+    assert sorted(evaluation.plots) == ["retraining", "score_histogram", "scores_by_source", "training_loss"]
 
 
 def test_truth_of_other_documents_is_refused():
@@ -197,7 +197,7 @@ def test_files_are_written_whole_and_the_same_twice(tmp_path):
     write_evaluation(judged(retraining(target=-0.1), damage=truth([0, 1])), workspace)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == first
     assert json.loads(workspace.verdict.read_text())["accepted"] is True
-    assert pl.read_csv(workspace.plots / "retraining.csv").shape == (15, 4)
+    assert pl.read_csv(workspace.plots / "retraining.csv").columns[:3] == ["seed", "target_loss_all", "target_loss_curated"]
     assert json.loads(workspace.metrics.read_text())["difference"]["curated_minus_all"]["target_loss"]["mean"] == pytest.approx(
         -0.1
     )
