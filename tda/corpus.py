@@ -71,7 +71,7 @@ SKIPPED = frozenset(  # folders and modules: tests, copies of other projects, ge
     }
 )
 MAX_SIGNATURE = 120  # characters
-LEAD = 220  # characters beyond which no further paragraph of a docstring is taken
+LEAD = 150  # characters beyond which no further paragraph of a docstring is taken
 
 # Where the lead of a docstring ends: an underlined heading, "Args:", a field list, an example, a directive.
 _SECTION = re.compile(

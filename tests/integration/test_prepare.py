@@ -83,6 +83,17 @@ def test_no_part_of_a_document_is_on_two_sides(base):
     assert len(prepared.targets) == 20 and len(prepared.heldout) == 10
 
 
+def test_a_part_that_says_what_another_says_is_there_once(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"id": f"{n:03d}", "source": "s", "text": f"{sentence(n)} " + "tick tock " * 100} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"documents": str(path), "general_sources": [], "target_sources": ["s"], "damage": 0.0}
+    prepared = prepare(base, **own, near_duplicate_threshold=0.0, context=32, max_documents=0, num_heldout=10)
+    hashes = pl.concat([table["content_hash"] for table in (prepared.documents, prepared.targets, prepared.heldout)])
+    assert hashes.is_unique().all()
+    assert all(prepared.stats["dropped_rows"][f"{name}_same_text"] > 0 for name in ("documents", "targets", "heldout"))
+
+
 def test_the_truth_is_apart_and_right(base):
     clean, damaged = prepare(base, damage=0.0), prepare(base)
     before = dict(clean.documents.select("id", "text").iter_rows())

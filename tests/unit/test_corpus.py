@@ -86,12 +86,12 @@ def test_files_and_docstrings_that_are_no_text_are_left_out(source, tmp_path):
 
 def test_a_long_signature_is_shortened_and_a_long_docstring_cut_at_a_paragraph(tmp_path):
     parameters = ", ".join(f"parameter_{number}={number}" for number in range(40))
-    paragraphs = "\n\n    ".join(["First words of it."] + ["Another paragraph of some length. " * 3] * 9)
+    paragraphs = "\n\n    ".join(["First words of it."] + ["Another paragraph of some length. " * 2] * 9)
     text = documents_of(f'def f({parameters}):\n    """{paragraphs}"""', tmp_path)["things.boxes.f"]
     head, *lead = text.split("\n\n")
     assert head.endswith(", ...)") and head.startswith("things.boxes.f(parameter_0=0, ")
     assert len(head) <= len("things.boxes.f()") + corpus.MAX_SIGNATURE
-    assert lead == ["First words of it.", ("Another paragraph of some length. " * 3).strip()]
+    assert lead == ["First words of it.", "Another paragraph of some length. Another paragraph of some length."]
 
 
 def test_a_missing_package_is_named(monkeypatch):

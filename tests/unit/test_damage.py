@@ -132,3 +132,9 @@ def test_misdecoded_text_can_be_decoded_back():
 
 def test_boilerplate_differs_between_documents():
     assert len({boilerplate(rng=random.Random(seed)) for seed in range(50)}) > 40
+
+
+def test_which_are_damaged_and_how_follows_from_ids_not_texts():
+    documents = [named(place) for place in range(40)]
+    longer = [Document(one.id, one.source, one.text + " And more of the same kind.") for one in documents]
+    assert damage_documents(documents, share=0.5, seed=0)[1] == damage_documents(longer, share=0.5, seed=0)[1]
