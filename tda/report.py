@@ -77,7 +77,7 @@ def build_report(workspace: Workspace, config: Config) -> str:
         damage=_damage(workspace, metrics, config),
         preparation=_preparation(read_json(workspace.preparation, stage="prepare")),
         limits=_limits(config, training, verdict),
-        parameters=flat(config.model_dump()),
+        parameters=flat(config.model_dump(exclude={"compute", "audit"})),  # the others; these two change no result
         stores=[read_json(workspace.gradients(index), stage="gradients") for index in config.train.checkpoints],
         made=provenance(workspace.root),
         method=method_name(config.curation.method),
@@ -315,7 +315,7 @@ def _limits(config: Config, training: dict, verdict: dict) -> list[tuple[str, st
         limits.append(_adam_limit(config.curvature.adam))
     if config.prepare.damage:
         limits.append((
-            "Part of the gain is the positive control.",
+            "The planted damage is part of the result.",
             f"{config.prepare.damage:.0%} of the training documents were damaged on purpose, and dropping them may be all that "
             "helped. To judge your own corpus alone, set prepare.damage: 0 and run again.",
         ))
