@@ -12,6 +12,8 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from flows.graph import GRACE_SECONDS, QUIET_LOGS
 from tda.cli import LIMIT_PASSED, OK
 
+COMMAND = [sys.executable, "-m", "tda", "audit", "--json"]
+
 
 @flow(name="audit")
 def audit(root: str = ".") -> dict:
@@ -22,7 +24,7 @@ def audit(root: str = ".") -> dict:
     """
     logger = get_run_logger()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tda", "audit", "--json"],
+        COMMAND,
         cwd=root,
         env=os.environ | QUIET_LOGS,
         text=True,

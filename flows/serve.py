@@ -13,22 +13,19 @@ from prefect.deployments.runner import RunnerDeployment
 
 
 def deployments(prefect_file: Path) -> list[RunnerDeployment]:
-    """What `prefect_file` declares, in a form that can be served."""
+    """What `prefect_file` declares, in a form that can be served.
+
+    Without a deployment's own limit: each shell has its embedded server here, and the slot that one grants the other does not
+    know. This module serves one run at a time instead.
+    """
     found = []
     for declared in load_yaml(str(prefect_file))["deployments"]:
         path, _, name = declared["entrypoint"].partition(":")
         flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
         schedules = [CronSchedule(cron=entry["cron"], timezone=entry["timezone"]) for entry in declared.get("schedules", [])]
-        found.append(
-            flow.to_deployment(
-                declared["name"],
-                parameters=declared.get("parameters"),
-                schedules=schedules,
-                concurrency_limit=declared.get("concurrency_limit"),
-            )
-        )
+        found.append(flow.to_deployment(declared["name"], parameters=declared.get("parameters"), schedules=schedules))
     return found
 
 
 if __name__ == "__main__":
-    serve(*deployments(Path("prefect.yaml")))
+    serve(*deployments(Path("prefect.yaml")), limit=1)

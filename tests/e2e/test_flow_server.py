@@ -44,6 +44,7 @@ stages:
 
 PART = """
 test ! -e "break-$1" || { echo 'tda gradients: no such checkpoint' >&2; exit 1; }
+test ! -e "kill-$1" || { rm "kill-$1"; kill -KILL $$; }
 while test -e hold; do sleep 0.2; done
 echo "$1" "$TDA_WORKERS" >> placed
 cp data/prepare/documents "data/parts/$1"
@@ -140,6 +141,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -185,6 +188,12 @@ def deployed(server, toy) -> Iterator[Server]:
         ended(worker)
 
 
+def last_run(server: Server) -> dict:
+    """The flow run that was started last; not one that is scheduled."""
+    wanted = {"flow_runs": {"start_time": {"is_null_": False}}, "sort": "START_TIME_DESC", "limit": 1}
+    return server.post("flow_runs/filter", wanted)[0]
+
+
 def locked(root: Path, tmp_path: Path) -> bytes:
     """The `dvc.lock` that `dvc repro` alone would leave."""
     twin = tmp_path / "twin"
@@ -199,7 +208,7 @@ def test_a_failed_stage_is_named_and_the_rest_goes_on(deployed, toy):
     (toy / "break-1").touch()
     result = deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--watch", check=False)
     assert result.returncode == 1
-    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    run = last_run(deployed)
     message = run["state"]["message"]
     assert "stage gradients@1 failed: tda gradients: no such checkpoint" in message
     assert "Not started: evaluation." in message
@@ -210,6 +219,7 @@ def test_a_failed_stage_is_named_and_the_rest_goes_on(deployed, toy):
 
 
 def test_the_deployment_runs_to_the_end_and_leaves_artifacts(deployed, toy, tmp_path):
+    (toy / "kill-1").touch()
     deployed.run(
         toy, "prefect", "deployment", "run", "curate/llm", "--watch", "--params", json.dumps({"params": {"curation.drop": 0.05}})
     )
@@ -222,6 +232,10 @@ def test_the_deployment_runs_to_the_end_and_leaves_artifacts(deployed, toy, tmp_
         {"metric": "auc", "value": 0.5},
     ]
     assert (toy / "data" / "report" / "index.html").as_uri() in deployed.artifacts("report")[0]["data"]
+    tasks = deployed.post(
+        "task_runs/filter", {"task_runs": {"name": {"any_": ["gradients@1"]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    )
+    assert tasks[0]["run_count"] == 2, "a killed stage is tried once more"
     cores = len(os.sched_getaffinity(0))
     workers = str(cores // min(cores, 6))
     assert sorted((toy / "placed").read_text().split()) == sorted([*"012345", *[workers] * 6])
@@ -239,7 +253,7 @@ def test_a_wrong_parameter_fails_the_run_and_changes_nothing(deployed, toy):
         toy, "prefect", "deployment", "run", "curate/llm", "--watch", "--params", '{"params": {"curation.drip": 1}}', check=False
     )
     assert result.returncode == 1
-    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    run = last_run(deployed)
     assert "unknown key curation.drip" in run["state"]["message"]
     assert (toy / "params.yaml").read_bytes() == before
 
@@ -250,15 +264,11 @@ def test_a_cancelled_run_leaves_no_process_and_no_half_stage(deployed, toy):
     deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--params", '{"params": {"prepare.seed": 7}}')
     records = toy / ".dvc" / "tmp" / "flow"
     wait_until(lambda: len(list(records.glob("[0-9]*"))) and "7" in (toy / "params.yaml").read_text())
-    (run,) = deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    run = last_run(deployed)
     wait_until(lambda: any(b"part.sh" in Path(path, "cmdline").read_bytes() for path in children(records)))
     deployed.run(toy, "prefect", "flow-run", "cancel", run["id"])
     wait_until(lambda: not children(records))
-    wait_until(
-        lambda: (
-            deployed.post("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]["state"]["type"] == "CANCELLED"
-        )
-    )
+    wait_until(lambda: last_run(deployed)["state"]["type"] == "CANCELLED")
     lock = (toy / "dvc.lock").read_bytes()
     assert lock.count(b"gradients@") == before.count(b"gradients@")
     (toy / "hold").unlink()
@@ -290,6 +300,46 @@ def wait_until(condition, seconds: float = 120) -> None:
             pass
         assert time.monotonic() < deadline
         time.sleep(0.3)
+
+
+FOUND = "import json, sys; print(json.dumps({'passed': sys.argv[1] == '0', 'summary': 'toy audit', 'report': 'data/a.html'}))"
+AUDIT = """
+import sys
+from flows import audit
+audit.COMMAND = [sys.executable, "found.py", sys.argv[1]]
+audit.audit()
+"""
+SERVED = """
+from pathlib import Path
+from flows.serve import deployments
+for deployment in deployments(Path("prefect.yaml")):
+    print(deployment.full_name, deployment.schedules)
+"""
+
+
+@pytest.mark.parametrize(("code", "passed"), [(0, True), (3, False)])
+def test_the_audit_fails_when_a_limit_is_passed(server, toy, code, passed):
+    (toy / "found.py").write_text(f"{FOUND}; sys.exit(int(sys.argv[1]))")
+    result = server.run(toy, "python", "-c", AUDIT, str(code), check=False)
+    assert (result.returncode == 0) == passed, result.stdout
+    assert ("a limit was passed: toy audit" in result.stdout) != passed
+    assert ("# Passed" if passed else "# Limit passed") in server.artifacts("audit")[0]["data"]
+    assert (toy / "data" / "a.html").as_uri() in server.artifacts("audit-report")[0]["data"]
+
+
+def test_the_nightly_audit_is_scheduled_and_says_why_it_could_not_be_made(deployed, toy):
+    (nightly,) = deployed.post("deployments/filter", {"deployments": {"name": {"any_": ["nightly"]}}})
+    assert [schedule["schedule"]["cron"] for schedule in nightly["schedules"]] == ["0 3 * * *"]
+    result = deployed.run(toy, "prefect", "deployment", "run", "audit/nightly", "--watch", check=False)
+    assert result.returncode == 1
+    assert "the audit was not made: " in last_run(deployed)["state"]["message"]
+
+
+def test_the_deployments_can_be_served_without_a_worker(server, toy):
+    served = server.run(toy, "python", "-c", SERVED).stdout
+    assert "curate/llm" in served
+    assert "audit/nightly" in served
+    assert "0 3 * * *" in served
 
 
 def test_the_flow_runs_on_the_embedded_server_too(server, toy, tmp_path):
