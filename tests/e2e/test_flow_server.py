@@ -242,6 +242,7 @@ def test_the_deployment_runs_to_the_end_and_leaves_artifacts(deployed, toy, tmp_
 
 
 def test_nothing_runs_when_nothing_has_changed(deployed, toy):
+    deployed.run(toy, "dvc", "repro")
     before = len(deployed.post("task_runs/filter", {}))
     deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--watch")
     assert len(deployed.post("task_runs/filter", {})) == before
@@ -259,6 +260,7 @@ def test_a_wrong_parameter_fails_the_run_and_changes_nothing(deployed, toy):
 
 
 def test_a_cancelled_run_leaves_no_process_and_no_half_stage(deployed, toy):
+    deployed.run(toy, "dvc", "repro")
     (toy / "hold").touch()
     before = (toy / "dvc.lock").read_bytes()
     deployed.run(toy, "prefect", "deployment", "run", "curate/llm", "--params", '{"params": {"prepare.seed": 7}}')
@@ -347,5 +349,6 @@ def test_the_flow_runs_on_the_embedded_server_too(server, toy, tmp_path):
     alone = Server(
         "", {key: value for key, value in server.environment.items() if key != "PREFECT_API_URL"} | {"PREFECT_HOME": str(home)}
     )
-    assert "Nothing has changed" in alone.run(toy, "python", "-m", "flows.curate").stdout
+    assert "Finished in state Completed" in alone.run(toy, "python", "-m", "flows.curate").stdout
+    assert "up to date" in alone.run(toy, "dvc", "status").stdout
     wait_until(lambda: not processes_of(home), seconds=30)
