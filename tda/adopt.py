@@ -50,7 +50,9 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
         for index, (step, folder) in enumerate(chosen):
             model = load_model(folder)
             target = part / str(index)
-            shutil.copytree(folder, target / "model", ignore=lambda _folder, names: [name for name in names if not _is_model(name)])
+            shutil.copytree(
+                folder, target / "model", ignore=lambda _folder, names: [name for name in names if not _is_model(name)]
+            )
             optimizer = _copy_optimizer(folder, target, model)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
@@ -86,10 +88,14 @@ def find_checkpoints(run: Path) -> list[tuple[int, Path]]:
         FileNotFoundError: there is no such folder, or no checkpoint in it.
     """
     if not run.is_dir():
-        raise FileNotFoundError(f"train.run: no folder {run}; expected the output folder of a Hugging Face Trainer, or an empty string")
+        raise FileNotFoundError(
+            f"train.run: no folder {run}; expected the output folder of a Hugging Face Trainer, or an empty string"
+        )
     folders = [folder for folder in run.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
     if not folders:
-        raise FileNotFoundError(f"train.run: {run} has no checkpoint-* folder with a trainer_state.json; was the run saved by a Trainer?")
+        raise FileNotFoundError(
+            f"train.run: {run} has no checkpoint-* folder with a trainer_state.json; was the run saved by a Trainer?"
+        )
     return sorted((read_json(folder / "trainer_state.json", stage="train")["global_step"], folder) for folder in folders)
 
 
@@ -101,7 +107,9 @@ def interpolate_rates(log_history: list[dict], num_steps: int) -> np.ndarray:
     """
     logged = {entry["step"]: entry["learning_rate"] for entry in log_history if "learning_rate" in entry}
     if not logged:
-        raise ValueError("train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the run's length")
+        raise ValueError(
+            "train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the run's length"
+        )
     steps = sorted(logged)
     return np.interp(np.arange(1, num_steps + 1), steps, [logged[step] for step in steps])
 

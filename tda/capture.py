@@ -27,7 +27,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     """Inside the block, every backward pass hands over each layer's input and pseudo-gradient.
 
     `encode(layer, a)` gets the input `a` (batch, token, inputs), once for all layers that share it (`layer` is the first of them), and
-    returns what is to be kept of it until the backward pass reaches the layer. `consume(layer, kept, Ds)` then gets that
+    returns what is to be kept of it, for all of them, until the backward pass reaches the layer. `consume(layer, kept, Ds)` then gets that
     and the gradient `Ds` (batch, token, d_out) at the layer's output.
 
     Raises:

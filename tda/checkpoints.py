@@ -48,7 +48,9 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
     return model
 
 
-def preconditioner(workspace: Workspace, checkpoints: list[int], layers: list[Layer], *, beta2: float, epsilon: float) -> dict[str, Tensor]:
+def preconditioner(
+    workspace: Workspace, checkpoints: list[int], layers: list[Layer], *, beta2: float, epsilon: float
+) -> dict[str, Tensor]:
     """AdamW's P by layer, (d_out, d_in), averaged over checkpoints.
 
     Raises:
@@ -71,7 +73,10 @@ def preconditioner(workspace: Workspace, checkpoints: list[int], layers: list[La
 
             def P_of(kind: str, name: str = layer.name, state: dict[str, Tensor] = state) -> Tensor:
                 return adam_preconditioner(
-                    state[f"exp_avg_sq.{name}.{kind}"].float(), step=int(state[f"step.{name}.{kind}"]), beta2=beta2, epsilon=epsilon
+                    state[f"exp_avg_sq.{name}.{kind}"].float(),
+                    step=int(state[f"step.{name}.{kind}"]),
+                    beta2=beta2,
+                    epsilon=epsilon,
                 )
 
             P = layer_matrix(module, P_of("weight"), P_of("bias") if layer.bias else None)

@@ -83,7 +83,9 @@ def load_documents(path: Path, *, half: str | None = None) -> Documents:
     if half is not None:
         table = table.filter(pl.col("half") == half)
     if table.is_empty():
-        raise ValueError(f"{path}: no documents{f' in half {half}' if half else ''}; expected at least one; see prepare in params.yaml")
+        raise ValueError(
+            f"{path}: no documents{f' in half {half}' if half else ''}; expected at least one; see prepare in params.yaml"
+        )
     return Documents(
         ids=table["id"].to_list(),
         sources=table["source"].to_list(),

@@ -26,7 +26,9 @@ def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
     return table.drop("doc_id").to_numpy()
 
 
-def load_dynamics(workspace: Workspace, segments: list[Segment], *, adam: str) -> tuple[list[SegmentDynamics], list[SegmentFactors]]:
+def load_dynamics(
+    workspace: Workspace, segments: list[Segment], *, adam: str
+) -> tuple[list[SegmentDynamics], list[SegmentFactors]]:
     """Every segment's respond and decay, and the factors they are made of."""
     training = read_json(workspace.training, stage="train")
     factors = [load_factors(workspace.curvature(segment.index)) for segment in segments]

@@ -43,11 +43,12 @@ class Covariances:
     num_tokens: int
 
     def __add__(self, other: "Covariances") -> "Covariances":
-        return Covariances(
-            A={name: self.A[name] + other.A[name] for name in self.A},
-            S={name: self.S[name] + other.S[name] for name in self.S},
-            num_tokens=self.num_tokens + other.num_tokens,
-        )
+        return Covariances(_merged(self.A, other.A), _merged(self.S, other.S), self.num_tokens + other.num_tokens)
+
+
+def _merged(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums by name; a part of the data that was empty has no names."""
+    return {name: some[name] + more[name] if name in some and name in more else (some | more)[name] for name in some | more}
 
 
 def covariances(
@@ -101,7 +102,10 @@ def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, t
         ValueError: a covariance is not finite.
     """
     inputs = {name: _eigenvectors(A, f"inputs of {name}") for name, A in covariances.A.items()}
-    return {layer.name: (inputs[layer.group], _eigenvectors(covariances.S[layer.name], f"outputs of {layer.name}")) for layer in layers}
+    return {
+        layer.name: (inputs[layer.group], _eigenvectors(covariances.S[layer.name], f"outputs of {layer.name}"))
+        for layer in layers
+    }
 
 
 def _eigenvectors(covariance: Tensor, what: str) -> Tensor:

@@ -48,7 +48,9 @@ class SegmentFactors:
         if adam == "scalar":
             return {name: scalar(factors, self.P[name]) for name, factors in self.plain.items()}
         if not self.scaled:
-            raise ValueError("curvature.adam: symmetric was asked for, but these factors were fitted without; run `dvc repro curvature`")
+            raise ValueError(
+                "curvature.adam: symmetric was asked for, but these factors were fitted without; run `dvc repro curvature`"
+            )
         return {name: LayerCurvature(factors, self.P[name].sqrt()) for name, factors in self.scaled.items()}
 
     def row_projections(self, *, kind: str, rank: int, seed: int) -> dict[str, Projection]:
@@ -61,15 +63,21 @@ class SegmentFactors:
             return self.projections
         if kind == "random":
             return random_projections(self.layers, rank=rank, seed=seed)
-        return {name: _leading(factors, rank=rank, corrected=kind == "eigenbasis") for name, factors in self.plain.items()}
+        projections = {}
+        for layer in self.layers:
+            factors = self.plain[layer.name]
+            if kind == "pca":
+                projections[layer.name] = Projection(factors.Q_A[:, :rank].contiguous(), factors.Q_S[:, :rank].contiguous())
+            else:
+                # Layers of a group are projected once, so they share a choice: by the eigenvalues of all of them.
+                shared = sum(self.plain[other.name].Lambda.sum(dim=0) for other in self.layers if other.group == layer.group)
+                P_i, P_o = _leading(factors.Q_A, shared, rank), _leading(factors.Q_S, factors.Lambda.sum(dim=1), rank)
+                projections[layer.name] = Projection(P_i, P_o)
+        return projections
 
 
-def _leading(factors: EKFAC, *, rank: int, corrected: bool) -> Projection:
-    def side(Q: Tensor, eigenvalues: Tensor) -> Tensor:
-        chosen = eigenvalues.argsort(descending=True, stable=True)[:rank] if corrected else torch.arange(min(rank, Q.shape[1]))
-        return Q[:, chosen].contiguous()
-
-    return Projection(side(factors.Q_A, factors.Lambda.sum(dim=0)), side(factors.Q_S, factors.Lambda.sum(dim=1)))
+def _leading(Q: Tensor, eigenvalues: Tensor, rank: int) -> Tensor:
+    return Q[:, eigenvalues.argsort(descending=True, stable=True)[:rank]].contiguous()
 
 
 def fit_factors(
@@ -114,10 +122,18 @@ def fit_factors(
 
     sums = functools.reduce(
         Covariances.__add__,
-        run(lambda model, batches, generator: covariances(model, layers, batches, generator=generator, projections=chosen), "covariances", 1),
+        run(
+            lambda model, batches, generator: covariances(model, layers, batches, generator=generator, projections=chosen),
+            "covariances",
+            1,
+        ),
     )
     basis = basis_of(sums)
-    rotated = basis if chosen is None else {name: (chosen[name].P_i @ Q_A, chosen[name].P_o @ Q_S) for name, (Q_A, Q_S) in basis.items()}
+    rotated = (
+        basis
+        if chosen is None
+        else {name: (chosen[name].P_i @ Q_A, chosen[name].P_o @ Q_S) for name, (Q_A, Q_S) in basis.items()}
+    )
     plain_Lambda = _mean_eigenvalues(
         run(
             lambda model, batches, generator: corrected_eigenvalues(
@@ -145,7 +161,8 @@ def fit_factors(
 
 def _mean_eigenvalues(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
     num_documents = sum(count for _, count in parts)
-    return {name: sum(Lambda[name] for Lambda, _ in parts) / num_documents for name in parts[0][0]}
+    filled = [Lambda for Lambda, count in parts if count]
+    return {name: sum(Lambda[name] for Lambda in filled) / num_documents for name in filled[0]}
 
 
 def _factors(basis: dict[str, tuple[Tensor, Tensor]], Lambda: dict[str, Tensor]) -> dict[str, EKFAC]:

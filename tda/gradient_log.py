@@ -54,6 +54,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         name: Projection(held.P_i.to(device), held.P_o.to(device)) for name, held in segment_projections(config, factors).items()
     }
     model = load_checkpoint(workspace, checkpoint).to(device)
+
     def rows_of(batch_rows: list[int]) -> tuple[list[int], np.ndarray, np.ndarray]:
         rows, losses = gradient_rows(model, factors.layers, make_batch(documents, batch_rows).to(device), projections=projections)
         return batch_rows, rows.float().cpu().numpy(), losses.float().cpu().numpy()

@@ -66,8 +66,10 @@ def worker_pool(
     _inherited["function"] = function
     fork = multiprocessing.get_context("fork")
     with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=fork, initializer=_start_worker) as pool:
-        # Python 3.12 warns of fork beside threads; the children run torch on one thread and touch nothing else.
+        # Python 3.12 warns of fork beside threads, LanceDB of fork beside an open table; the children run torch on one thread and touch
+        # nothing else.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
         pool.submit(os.getpid).result()  # starts every worker
 
         def call(items: Sequence[Item], description: str, unit: str) -> Iterator[Result]:

@@ -50,9 +50,7 @@ def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
     return LayerCurvature(replace(factors, Lambda=p * factors.Lambda), p.sqrt())
 
 
-def adam_preconditioner(
-    second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float
-) -> Float[Tensor, "..."]:
+def adam_preconditioner(second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float) -> Float[Tensor, "..."]:
     """P = 1 / (sqrt(v / (1 - beta2^t)) + epsilon), elementwise."""
     return 1 / ((second_moment / (1 - beta2**step)).sqrt() + epsilon)
 

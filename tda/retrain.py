@@ -10,7 +10,7 @@ import polars as pl
 
 from tda.artifacts import Workspace, read_json, read_table, remove, write_json
 from tda.config import Config
-from tda.data import Documents, load_documents
+from tda.data import load_documents
 from tda.parallel import device_of, num_workers, parallel_map
 from tda.run import initial_model, tokenizer_size
 from tda.train import make_optimizer, mean_loss, schedule, stage_lengths, train
@@ -82,4 +82,3 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     table = pl.DataFrame(rows).select(COLUMNS).sort("seed", "arm")
     remove(work)
     return table
-

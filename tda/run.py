@@ -111,5 +111,3 @@ def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, n
     last = found[-1]
     step = resume(work / str(last), model, optimizer)
     return step, pl.read_parquet(work / f"trajectory-{last}.parquet")
-
-

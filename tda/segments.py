@@ -90,14 +90,18 @@ def _stage_ends(checkpoint_steps: Sequence[int], num_segments: int, stage_ends: 
         )
     empty = [number for number, held in enumerate(stages) if not held]
     if empty:
-        raise ValueError(f"segments: training stage {empty[0]} has no checkpoint; add to train.checkpoints, or set segments.by to steps")
+        raise ValueError(
+            f"segments: training stage {empty[0]} has no checkpoint; add to train.checkpoints, or set segments.by to steps"
+        )
     parts = [1] * len(stages)
     while sum(parts) < num_segments:  # divide the stage with the most checkpoints per segment
         longest = max(range(len(stages)), key=lambda number: len(stages[number]) / parts[number])
         parts[longest] += 1
     sizes = [len(piece) for held, number in zip(stages, parts, strict=True) for piece in np.array_split(held, number)]
     if min(sizes) == 0:
-        raise ValueError(f"segments: the stages' checkpoints {stages} do not divide into {num_segments} segments; add to train.checkpoints")
+        raise ValueError(
+            f"segments: the stages' checkpoints {stages} do not divide into {num_segments} segments; add to train.checkpoints"
+        )
     return np.cumsum(sizes).tolist()
 
 

@@ -30,12 +30,16 @@ class SegmentDynamics:
     def respond(self, query: Gradients) -> Gradients:
         """How the query feels a gradient that acts all through the segment."""
         return {
-            name: layer.respond(query[name], time=self.time, weight_decay=self.weight_decay) for name, layer in self.curvature.items()
+            name: layer.respond(query[name], time=self.time, weight_decay=self.weight_decay)
+            for name, layer in self.curvature.items()
         }
 
     def decay(self, query: Gradients) -> Gradients:
         """The query seen from the segment's beginning."""
-        return {name: layer.decay(query[name], time=self.time, weight_decay=self.weight_decay) for name, layer in self.curvature.items()}
+        return {
+            name: layer.decay(query[name], time=self.time, weight_decay=self.weight_decay)
+            for name, layer in self.curvature.items()
+        }
 
 
 def walk_back(query: Gradients, segments: Sequence[SegmentDynamics]) -> Iterator[tuple[SegmentDynamics, Gradients]]:

@@ -47,7 +47,9 @@ def segments(config: Config, workspace: Workspace) -> None:
     trajectory = read_table(workspace.trajectory, stage="train")
     steps = training["checkpoint_steps"]
     rates = effective_learning_rates(trajectory, optimizer=training["optimizer"], momentum=training["momentum"])
-    ends = segment_ends(steps, len(config.segments.indices), by=config.segments.by, rates=rates, stage_ends=training["stage_ends"])
+    ends = segment_ends(
+        steps, len(config.segments.indices), by=config.segments.by, rates=rates, stage_ends=training["stage_ends"]
+    )
     last_steps = [steps[end - 1] for end in ends]
     exposure = None
     if training["batches_known"]:
@@ -135,8 +137,8 @@ def scores(config: Config, workspace: Workspace) -> None:
 
 def curation(config: Config, workspace: Workspace) -> None:
     """The decision per document, and the curated data set."""
-    from tda.artifacts import read_table
-    from tda.curate import curate, curated_documents, write_curation
+    from tda.artifacts import read_table, whole, write_json, write_table
+    from tda.curate import count_decisions, curate, curated_documents, json_lines
 
     table = read_table(workspace.scores, stage="scores")
     column = f"score_{config.curation.method}"
@@ -145,7 +147,11 @@ def curation(config: Config, workspace: Workspace) -> None:
         raise ValueError(f"curation.method: unknown method {config.curation.method!r}; known are {', '.join(known)}")
     manifest = curate(table.select("doc_id", "content_hash", "source", score=column), config.curation)
     curated = curated_documents(read_table(workspace.documents, stage="prepare"), manifest)
-    write_curation(manifest, curated, config.curation, workspace)
+    write_table(workspace.manifest, manifest)
+    write_table(workspace.curated, curated)
+    with whole(workspace.curated_jsonl) as part:
+        part.write_text(json_lines(curated), encoding="utf-8")
+    write_json(workspace.curation, {"settings": config.curation.model_dump(), **count_decisions(manifest)})
 
 
 def retraining(config: Config, workspace: Workspace) -> None:

@@ -50,7 +50,9 @@ def stage_lengths(documents: Documents, recipe: Train) -> list[int]:
     ]
 
 
-def schedule(documents: Documents, recipe: Train, *, seed: int, lengths: Sequence[int], keep: np.ndarray | None = None) -> list[Step]:
+def schedule(
+    documents: Documents, recipe: Train, *, seed: int, lengths: Sequence[int], keep: np.ndarray | None = None
+) -> list[Step]:
     """All steps of a run: `lengths` steps per stage, over the documents that `keep` marks (default: all).
 
     Every epoch is a fresh permutation of the whole part, from which unkept documents are then taken out: runs of one seed on
@@ -63,12 +65,16 @@ def schedule(documents: Documents, recipe: Train, *, seed: int, lengths: Sequenc
     kept = np.ones(len(documents), dtype=bool) if keep is None else keep
     rates = learning_rates(recipe, sum(lengths))
     if not rates:
-        raise ValueError(f"train.stages: none of the parts {[stage.part for stage in recipe.stages]} has documents; see prepare.general_sources")
+        raise ValueError(
+            f"train.stages: none of the parts {[stage.part for stage in recipe.stages]} has documents; see prepare.general_sources"
+        )
     steps: list[Step] = []
     for index, (stage, length) in enumerate(zip(recipe.stages, lengths, strict=True)):
         pool = np.arange(len(documents)) if stage.part == "all" else np.flatnonzero(parts == stage.part)
         if length and not kept[pool].any():
-            raise ValueError(f"train.stages: no documents are left for part {stage.part}; curation dropped them all, lower curation.drop")
+            raise ValueError(
+                f"train.stages: no documents are left for part {stage.part}; curation dropped them all, lower curation.drop"
+            )
         stream = _shuffled(pool, kept, np.random.default_rng([seed, index]), recipe.batch_size)
         for _ in range(length):
             number = len(steps) + 1
@@ -107,7 +113,9 @@ def make_optimizer(model: nn.Module, recipe: Train) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon, fused=True
+        )
     return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
 
 
@@ -157,7 +165,9 @@ def train(
 def mean_loss(model: nn.Module, documents: Documents, *, batch_tokens: int = 4096) -> float:
     """Mean loss over all predicted tokens of `documents`, in nats per token."""
     device = next(model.parameters()).device
-    total = sum(token_losses(model, batch.to(device)).double().sum().item() for batch in batches(documents, batch_tokens=batch_tokens))
+    total = sum(
+        token_losses(model, batch.to(device)).double().sum().item() for batch in batches(documents, batch_tokens=batch_tokens)
+    )
     return total / int(documents.num_loss_tokens.sum())
 
 

@@ -6,9 +6,9 @@ from tda.train import Step, Taken, read_trajectory
 
 
 def trajectory(rows: list[list[int]], rates: list[float], scale: float = 1.0):
-    return read_trajectory(
-        [Taken(Step(number + 1, 0, held, rate), 1.0, scale) for number, (held, rate) in enumerate(zip(rows, rates, strict=True))]
-    )
+    return read_trajectory([
+        Taken(Step(number + 1, 0, held, rate), 1.0, scale) for number, (held, rate) in enumerate(zip(rows, rates, strict=True))
+    ])
 
 
 def test_equal_steps_divide_evenly_and_unevenly():
@@ -66,7 +66,9 @@ def test_momentum_and_clipping_change_the_rates_of_sgd_alone():
 
 def test_segments_carry_steps_rates_and_tokens():
     exposure = np.array([[1.0, 0.0], [0.0, 0.25], [0.0, 0.75]])
-    made = make_segments([2, 4, 6], [1, 3], rates=np.array([1.0, 3, 1, 1, 1, 1]), exposure=exposure, tokens=np.array([10, 20, 40]))
+    made = make_segments(
+        [2, 4, 6], [1, 3], rates=np.array([1.0, 3, 1, 1, 1, 1]), exposure=exposure, tokens=np.array([10, 20, 40])
+    )
     assert [segment.checkpoints for segment in made] == [[0], [1, 2]]
     assert [(segment.first_step, segment.last_step, segment.num_steps) for segment in made] == [(1, 2, 2), (3, 6, 4)]
     assert [segment.time for segment in made] == [4.0, 4.0]

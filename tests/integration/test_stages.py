@@ -1,0 +1,342 @@
+"""The stages one after the other on a toy, in this process: what they hand on, and what they refuse."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from tda import stages
+from tda.artifacts import Workspace, read_json, write_json, write_table
+from tda.config import Config
+from tda.data import load_documents
+from tda.dynamics import load_exposure, load_segments
+from tests.toy import toy_config, write_corpus
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
+
+
+def run(config: Config, workspace: Workspace, *names: str) -> None:
+    for name in names:
+        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
+        for arguments in [(part,) for part in parts] if parts else [()]:
+            getattr(stages, name)(config, workspace, *arguments)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Config, Workspace]:
+    """A toy run up to the scores; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder)
+    config, workspace = toy_config(folder), Workspace(folder)
+    run(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    return config, workspace
+
+
+@pytest.fixture
+def toy(done, tmp_path) -> tuple[Config, Workspace]:
+    config, workspace = done
+    shutil.copytree(workspace.root, tmp_path, dirs_exist_ok=True)
+    return config, Workspace(tmp_path)
+
+
+def test_exposure_is_zero_where_a_document_was_not_trained_on(done):
+    config, workspace = done
+    documents = load_documents(workspace.documents)
+    exposure = load_exposure(workspace, documents)
+    general = np.array(documents.parts) == "general"
+    assert len(load_segments(workspace)) == 2
+    assert (exposure[general, 1] == 0).all()
+    assert (exposure[~general, 0] == 0).all()
+    np.testing.assert_allclose(exposure.sum(axis=0), 1)
+
+
+def test_scores_have_every_method_and_the_per_query_scores_sum_to_the_aggregate(done):
+    _config, workspace = done
+    table = pl.read_parquet(workspace.scores)
+    assert [name for name in table.columns if name.startswith("score_")] == [
+        "score_source",
+        "score_ekfac_influence",
+        "score_gradient_dot",
+        "score_gradient_cosine",
+        "score_bm25",
+        "score_random",
+    ]
+    per_query = pl.read_parquet(workspace.query_scores)["scores"].to_numpy()
+    tokens = load_documents(workspace.targets, half="score").num_loss_tokens
+    np.testing.assert_allclose(per_query @ (tokens / tokens.sum()), table["score_source"].to_numpy(), rtol=1e-4, atol=1e-9)
+
+
+def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy):
+    """The store, its projections and the walk against autograd and explicit gradients, over the whole pipeline."""
+    from tda.checkpoints import load_checkpoint
+    from tda.scoring import load_attribution, query_blocks
+    from tda.source import walk_back
+    from tests.helpers import dense_gradient, document_loss
+
+    config, workspace = toy
+    config = toy_config(workspace.root, gradients__rank=64, gradients__dtype="float32")
+    run(config, workspace, "gradients", "scores")
+    documents = load_documents(workspace.documents)
+    attribution = load_attribution(config, workspace, documents)
+    queries = load_documents(workspace.targets, half="score")
+    (query, order), *rest = query_blocks(config, workspace, attribution, queries)
+    assert not rest
+    layers = attribution.factors[0].layers
+    chosen = [0, 7, 31]
+    expected = np.zeros((len(order), len(chosen)))
+    for dynamics, u in walk_back(query, attribution.dynamics):
+        segment = attribution.segments[dynamics.index]
+        for checkpoint in segment.checkpoints:
+            model = load_checkpoint(workspace, checkpoint)
+            for place, row in enumerate(chosen):
+                G = dense_gradient(model, layers, document_loss(model, documents, row) / segment.tokens_per_document)
+                dots = sum((u[layer.name] * G[layer.name]).sum(dim=(1, 2)) for layer in layers)
+                received = attribution.exposure[row, dynamics.index] / len(segment.checkpoints)
+                expected[:, place] += received * dots.detach().numpy()
+    got = pl.read_parquet(workspace.query_scores)["scores"].to_numpy()[chosen].T[order]
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert read_json(workspace.scoring, stage="scores")["projection_keeps"] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_the_rest_of_the_pipeline_and_a_verdict(toy):
+    config, workspace = toy
+    run(config, workspace, "curation", "retraining", "evaluation", "report")
+    manifest = pl.read_parquet(workspace.manifest)
+    dropped = int((~manifest["keep"]).sum())
+    assert 0 < dropped <= len(manifest) / 10
+    assert len(pl.read_parquet(workspace.curated)) == len(manifest) - dropped
+    runs = pl.read_parquet(workspace.retraining)
+    assert runs.group_by("arm").len().sort("arm").rows() == [("all", 2), ("curated", 2), ("random", 2)]
+    assert runs["steps"].n_unique() == 1
+    assert runs.filter(arm="curated")["num_documents"].to_list() == runs.filter(arm="random")["num_documents"].to_list()
+    assert isinstance(read_json(workspace.verdict, stage="evaluation")["accepted"], bool)
+    assert "<html" in workspace.report.read_text(encoding="utf-8")
+
+
+def test_two_runs_and_any_number_of_workers_give_the_same_bytes(toy, tmp_path):
+    config, workspace = toy
+    again = Workspace(tmp_path / "again")
+    again.root.mkdir()
+    config = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 2})})
+    run(config, again, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    for path in ("documents", "exposure", "scores", "query_scores", "segments", "scoring", "trajectory", "training"):
+        assert getattr(workspace, path).read_bytes() == getattr(again, path).read_bytes(), path
+    for index in range(4):
+        assert workspace.gradients(index).read_bytes() == again.gradients(index).read_bytes()
+
+
+def test_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(toy, tmp_path, monkeypatch):
+    import tda.run
+
+    config, workspace = toy
+    again = Workspace(tmp_path / "again")
+    shutil.copytree(workspace.documents.parent, again.documents.parent)
+    save = tda.run.save_checkpoint
+
+    def killed(folder: Path, *args: object, **kwargs: object) -> None:
+        save(folder, *args, **kwargs)
+        if folder.name == "1":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tda.run, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, again, "train")
+    assert not again.training.exists()
+    monkeypatch.setattr(tda.run, "save_checkpoint", save)
+    taken: list[int] = []
+    train = tda.run.train
+    monkeypatch.setattr(
+        tda.run,
+        "train",
+        lambda model, documents, steps, *a, **k: (taken.append(len(steps)), train(model, documents, steps, *a, **k)),
+    )
+    run(config, again, "train")
+    assert taken[0] < read_json(again.training, stage="train")["num_steps"]
+    assert again.training.read_bytes() == workspace.training.read_bytes()
+    assert again.trajectory.read_bytes() == workspace.trajectory.read_bytes()
+    for index in range(4):
+        name = "model/model.safetensors"
+        assert (again.checkpoint(index) / name).read_bytes() == (workspace.checkpoint(index) / name).read_bytes()
+
+
+def test_new_documents_are_appended_without_computing_old_ones(toy, monkeypatch):
+    import tda.gradient_log
+
+    config, workspace = toy
+    documents = load_documents(workspace.documents)
+    tda.gradient_log.log_rows(config, workspace, documents, checkpoint=3)
+    batches: list[list[int]] = []
+    gradient_rows = tda.gradient_log.gradient_rows
+
+    def counted(model, layers, batch, **kwargs):
+        batches.append(batch.rows)
+        return gradient_rows(model, layers, batch, **kwargs)
+
+    monkeypatch.setattr(tda.gradient_log, "gradient_rows", counted)
+    grown = documents.select([*range(len(documents)), 0])
+    grown.ids[-1], grown.content_hashes[-1] = "new", "new-hash"
+    manifest = tda.gradient_log.log_rows(config, workspace, grown, checkpoint=3)
+    assert batches == [[len(documents)]]
+    assert manifest["rows"] == len(documents) + 1
+
+
+REFUSED: dict[str, tuple[Callable[[Workspace], object], str, str]] = {
+    "missing checkpoint": (lambda w: shutil.rmtree(w.checkpoint(3)), "gradients", "run `dvc repro train`"),
+    "truncated checkpoint": (
+        lambda w: (w.checkpoint(3) / "model" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00"),
+        "gradients",
+        "no causal language model could be loaded",
+    ),
+    "no optimizer state": (
+        lambda w: (w.checkpoint(3) / "optimizer.safetensors").unlink(),
+        "curvature",
+        r"second moments.*curvature\.adam to none.*\.44 to \.17",
+    ),
+    "exposures of other documents": (
+        lambda w: write_table(w.exposure, pl.read_parquet(w.exposure).reverse()),
+        "scores",
+        "is of other documents",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "stage", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(toy, spoil, stage, message):
+    config, workspace = toy
+    spoil(workspace)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(config, workspace, stage)
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(toy):
+    from tda.model import build_model
+
+    config, workspace = toy
+    shape = config.train.architecture.model_copy(update={"num_layers": 1})
+    build_model(shape, vocabulary=300, context=24, seed=0).save_pretrained(workspace.checkpoint(3) / "model")
+    with pytest.raises(ValueError, match="a checkpoint of another architecture than the run"):
+        run(config, workspace, "gradients")
+
+
+def test_a_store_made_with_other_weights_is_refused(toy):
+    config, workspace = toy
+    model = workspace.checkpoint(3) / "model" / "model.safetensors"
+    shutil.copy(workspace.checkpoint(2) / "model" / "model.safetensors", model)
+    with pytest.raises(ValueError, match="rows made with other weights"):
+        run(config, workspace, "scores")
+
+
+def test_more_segments_than_checkpoints_are_refused(toy):
+    _config, workspace = toy
+    config = toy_config(workspace.root, segments__indices=[0, 1, 2, 3, 4])
+    with pytest.raises(ValueError, match="4 checkpoints cannot be divided into 5 segments"):
+        run(config, workspace, "segments")
+
+
+def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy):
+    """The same pipeline with factors fitted in projected space: at full rank the projection is a rotation, and scores agree up to sampled labels."""
+    _config, workspace = toy
+    full = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
+    config = toy_config(
+        workspace.root,
+        curvature__space="projected",
+        gradients__projection="random",
+        gradients__rank=64,
+        gradients__dtype="float32",
+    )
+    run(config, workspace, "curvature", "gradients", "scores")
+    projected = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
+    assert np.corrcoef(full, projected)[0, 1] > 0.9
+
+
+def test_projected_space_wants_random_projections(toy):
+    _config, workspace = toy
+    config = toy_config(workspace.root, curvature__space="projected")
+    with pytest.raises(ValueError, match=r"expected gradients\.projection: random.*got eigenbasis"):
+        run(config, workspace, "curvature")
+
+
+@pytest.mark.parametrize("adam", ["none", "symmetric"])
+def test_other_forms_of_the_preconditioner_run(toy, adam):
+    _config, workspace = toy
+    config = toy_config(workspace.root, curvature__adam=adam)
+    run(config, workspace, "curvature", "gradients", "scores")
+    values = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
+    assert np.isfinite(values).all()
+    assert values.std() > 0
+
+
+def test_an_unknown_curation_method_is_refused(toy):
+    _config, workspace = toy
+    with pytest.raises(ValueError, match="unknown method 'taste'; known are source, ekfac_influence"):
+        run(toy_config(workspace.root, curation__method="taste"), workspace, "curation")
+
+
+def test_a_run_of_sgd_needs_no_optimizer_state(tmp_path):
+    write_corpus(tmp_path)
+    config = toy_config(tmp_path, train__optimizer="sgd", train__learning_rate=0.3)
+    workspace = Workspace(tmp_path)
+    run(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    assert read_json(workspace.training, stage="train")["momentum"] == 0.9
+    assert load_segments(workspace)[0].mean_learning_rate > 1  # 0.3 with warm-up, over 1 - 0.9
+
+
+def test_query_answers_from_the_store(done):
+    from tda.query import answer, render
+
+    config, workspace = done
+    found = answer("The boat meets the tide.", config=config, workspace=workspace, top=3)
+    assert [told["rank"] for told in found["helped"]] == [1, 2, 3]
+    assert found["helped"][0]["score"] >= found["helped"][1]["score"] >= found["hurt"][0]["score"]
+    assert found["helped"][0]["doc_id"] in render(found)
+    with pytest.raises(ValueError, match="the text is empty"):
+        answer("  ", config=config, workspace=workspace)
+
+
+def test_scores_are_those_of_a_query_that_is_a_target(done):
+    """`query` on a target's own text gives that target's column of the stored scores."""
+    from tda.query import answer
+
+    config, workspace = done
+    targets = pl.read_parquet(workspace.targets).filter(half="score")
+    text, target_id = targets["text"][0], targets["id"][0]
+    place = read_json(workspace.scoring, stage="scores")["query_ids"].index(target_id)
+    table = pl.read_parquet(workspace.query_scores)
+    by_id = dict(zip(table["doc_id"], table["scores"].to_numpy()[:, place], strict=True))
+    found = answer(text, config=config, workspace=workspace, top=5)
+    tokens = len(targets["tokens"][0]) - 1
+    for told in found["helped"]:
+        # The trained tokenizer closes a document with an end token; a query has none, and one predicted token fewer.
+        assert abs(told["score"] * (tokens - 1) / tokens - by_id[told["doc_id"]]) < 0.5 * abs(by_id[told["doc_id"]])
+
+
+def test_torch_threads_stay_one(done):
+    assert torch.get_num_threads() == 1
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    write_corpus(tmp_path)
+    config, workspace = toy_config(tmp_path, train__learning_rate=1e18, train__max_gradient_norm=0.0), Workspace(tmp_path)
+    run(config, workspace, "prepare")
+    with pytest.raises(ValueError, match=r"the loss of step \d+ is (nan|inf)"):
+        run(config, workspace, "train")
+    assert not workspace.training.exists()
+
+
+def test_an_adopted_decision_of_other_documents_is_refused(toy):
+    config, workspace = toy
+    run(config, workspace, "curation")
+    table = pl.read_parquet(workspace.manifest)
+    write_table(workspace.manifest, table.head(10))
+    with pytest.raises(ValueError, match="decides on other documents"):
+        run(config, workspace, "retraining")
+
+
+def test_write_json_is_the_same_bytes_for_equal_values(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
+    write_json(tmp_path / "b.json", {"a": [1.5], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
