@@ -60,16 +60,14 @@ def worker_pool(
     The first error ends the rest.
     """
     torch.set_num_threads(1)
-    if workers <= 1:
+    if workers <= 1 or "lance" in sys.modules:  # Lance does not survive a fork: what comes after it stays in this process
         yield lambda items, description, unit: _with_bar(map(function, items), len(items), description, unit)
         return
     _inherited["function"] = function
     fork = multiprocessing.get_context("fork")
     with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=fork, initializer=_start_worker) as pool:
-        # Python 3.12 warns of fork beside threads, LanceDB of fork beside an open table; the children run torch on one thread and touch
-        # nothing else.
+        # Python 3.12 warns of fork beside threads; the children run torch on one thread and touch nothing else.
         warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
         pool.submit(os.getpid).result()  # starts every worker
 
         def call(items: Sequence[Item], description: str, unit: str) -> Iterator[Result]:
@@ -77,7 +75,8 @@ def worker_pool(
                 yield from _with_bar(pool.map(_call, items), len(items), description, unit)
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    f"{description}: a worker process was killed, most often for want of memory; set compute.workers lower and run again"
+                    f"{description}: a worker process was killed, most often for want of memory; set compute.workers lower and "
+                    "run again"
                 ) from error
 
         try:

@@ -1,6 +1,8 @@
 """The stages one after the other on a toy, in this process: what they hand on, and what they refuse."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 
 from tda import stages
 from tda.artifacts import Workspace, read_json, write_json, write_table
@@ -44,7 +47,7 @@ def toy(done, tmp_path) -> tuple[Config, Workspace]:
 
 
 def test_exposure_is_zero_where_a_document_was_not_trained_on(done):
-    config, workspace = done
+    _config, workspace = done
     documents = load_documents(workspace.documents)
     exposure = load_exposure(workspace, documents)
     general = np.array(documents.parts) == "general"
@@ -121,8 +124,12 @@ def test_two_runs_and_any_number_of_workers_give_the_same_bytes(toy, tmp_path):
     config, workspace = toy
     again = Workspace(tmp_path / "again")
     again.root.mkdir()
-    config = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 2})})
-    run(config, again, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    values = config.model_dump() | {"compute": {"device": "cpu", "workers": 2}}
+    (again.root / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    for name in ("prepare", "train", "segments", "curvature", "gradients", "scores"):
+        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
+        for arguments in [["--index", str(part)] for part in parts] if parts else [[]]:
+            subprocess.run([sys.executable, "-m", "tda", name, *arguments], cwd=again.root, check=True)
     for path in ("documents", "exposure", "scores", "query_scores", "segments", "scoring", "trajectory", "training"):
         assert getattr(workspace, path).read_bytes() == getattr(again, path).read_bytes(), path
     for index in range(4):
@@ -238,7 +245,7 @@ def test_more_segments_than_checkpoints_are_refused(toy):
 
 
 def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy):
-    """The same pipeline with factors fitted in projected space: at full rank the projection is a rotation, and scores agree up to sampled labels."""
+    """Factors fitted in projected space: at full rank the projection is a rotation, and scores agree up to sampled labels."""
     _config, workspace = toy
     full = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
     config = toy_config(
