@@ -1,8 +1,9 @@
 """An existing Hugging Face Trainer output as the training run: its checkpoints, optimizer state and learning rates.
 
-What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name), the optimizer state
-in `optimizer.pt` without unpickling code, and the learning rates logged in the last state, interpolated between log entries. Which documents
-were in which batch is not recorded there: every document is taken to have been seen equally often, SOURCE's own assumption.
+What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name), the
+optimizer state in `optimizer.pt` without unpickling code, and the learning rates logged in the last state, interpolated between
+log entries. Which documents were in which batch is not recorded there: every document is taken to have been seen equally often,
+SOURCE's own assumption.
 """
 
 import shutil
@@ -26,11 +27,10 @@ NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(
 
 
 def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
-    """Copy the checkpoints of the run in `train.run`, as many as `train.checkpoints` asks for, and write trajectory and `train.json`.
+    """Copy the checkpoints of the run in `train.run`, as many as `train.checkpoints` asks for; write trajectory and `train.json`.
 
-    Raises:
-        FileNotFoundError: no such run, too few checkpoints, or one of them is truncated.
-        ValueError: its optimizer state is of another model or an optimizer that SOURCE cannot follow.
+    A run that does not exist, has too few checkpoints or a truncated one is refused with FileNotFoundError; an optimizer state of
+    another model, or of an optimizer that SOURCE cannot follow, with ValueError.
     """
     run = Path(recipe.run)
     found = find_checkpoints(run)
@@ -108,7 +108,8 @@ def interpolate_rates(log_history: list[dict], num_steps: int) -> np.ndarray:
     logged = {entry["step"]: entry["learning_rate"] for entry in log_history if "learning_rate" in entry}
     if not logged:
         raise ValueError(
-            "train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the run's length"
+            "train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the "
+            "run's length"
         )
     steps = sorted(logged)
     return np.interp(np.arange(1, num_steps + 1), steps, [logged[step] for step in steps])
@@ -133,8 +134,8 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module) -> dict[str, A
             if isinstance(value, Tensor):
                 if value.ndim and value.shape != shapes[name]:
                     raise ValueError(
-                        f"{path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; expected the optimizer of "
-                        "this model, its parameters in the Trainer's order (decayed ones first)"
+                        f"{path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; "
+                        "expected the optimizer of this model, its parameters in the Trainer's order (decayed ones first)"
                     )
                 tensors[f"{kind}.{name}"] = value.contiguous()
     save_file(tensors, target / "optimizer.safetensors")

@@ -26,9 +26,9 @@ Consume = Callable[[Layer, Tensor | None, Tensor], None]
 def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consume: Consume) -> Iterator[None]:
     """Inside the block, every backward pass hands over each layer's input and pseudo-gradient.
 
-    `encode(layer, a)` gets the input `a` (batch, token, inputs), once for all layers that share it (`layer` is the first of them), and
-    returns what is to be kept of it, for all of them, until the backward pass reaches the layer. `consume(layer, kept, Ds)` then gets that
-    and the gradient `Ds` (batch, token, d_out) at the layer's output.
+    `encode(layer, a)` gets the input `a` (batch, token, inputs), once for all layers that share it (`layer` is the first of
+    them), and returns what is to be kept of it, for all of them, until the backward pass reaches the layer.
+    `consume(layer, kept, Ds)` then gets that and the gradient `Ds` (batch, token, d_out) at the layer's output.
 
     Raises:
         ValueError: the model is in training mode, where dropout would make every gradient wrong.

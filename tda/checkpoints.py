@@ -31,10 +31,9 @@ def weights_digest(folder: Path) -> str:
 
 
 def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
-    """The model at a checkpoint.
+    """The model at a checkpoint; one that is missing or truncated is refused with FileNotFoundError.
 
     Raises:
-        FileNotFoundError: the checkpoint is missing or truncated.
         ValueError: it is of another architecture than the run's.
     """
     expected = read_json(workspace.training, stage="train")["architecture_digest"]
@@ -42,8 +41,9 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
     model = load_model(folder)
     if architecture_digest(model) != expected:
         raise ValueError(
-            f"{folder}: a checkpoint of another architecture than the run in {workspace.training}; expected parameters with digest {expected}, "
-            f"got {architecture_digest(model)}; run `dvc repro --force train`, or restore data/train with `dvc checkout`"
+            f"{folder}: a checkpoint of another architecture than the run in {workspace.training}; expected parameters with "
+            f"digest {expected}, got {architecture_digest(model)}; run `dvc repro --force train`, or restore data/train with "
+            "`dvc checkout`"
         )
     return model
 
@@ -61,10 +61,10 @@ def preconditioner(
         path = workspace.checkpoint(index) / "optimizer.safetensors"
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing: the run used AdamW, whose second moments SOURCE needs to know how far a gradient moves a weight. Save the "
-                "optimizer state with every checkpoint (a Hugging Face Trainer does unless save_only_model is set), or set curvature.adam "
-                "to none: scores are then those of an SGD run and rank documents far worse (on an AdamW-trained classifier the "
-                "rank correlation with real retraining fell from .44 to .17)"
+                f"{path} is missing: the run used AdamW, whose second moments SOURCE needs to know how far a gradient moves a "
+                "weight. Save the optimizer state with every checkpoint (a Hugging Face Trainer does unless save_only_model is "
+                "set), or set curvature.adam to none: scores are then those of an SGD run and rank documents far worse (on an "
+                "AdamW-trained classifier the rank correlation with real retraining fell from .44 to .17)"
             )
         state = load_file(path)
         modules = linear_modules(load_checkpoint(workspace, index))

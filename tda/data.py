@@ -73,10 +73,9 @@ class Batch:
 
 
 def load_documents(path: Path, *, half: str | None = None) -> Documents:
-    """The documents that `prepare` wrote to `path`; of targets, one `half`.
+    """The documents that `prepare` wrote to `path`; of targets, one `half`. A missing file is refused with FileNotFoundError.
 
     Raises:
-        FileNotFoundError: the file is missing.
         ValueError: the table is empty.
     """
     table = read_table(path, stage="prepare")

@@ -1,9 +1,9 @@
-"""EK-FAC of a segment: covariances, eigenbasis, corrected eigenvalues (George et al. 2018; METHODS in arXiv 2308.03296, section 2).
+"""EK-FAC of a segment: covariances, eigenbasis, corrected eigenvalues (George et al. 2018; arXiv 2308.03296, section 2).
 
-`A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's Hessian:
-the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training loss is
-`w` times the document's summed token loss. Labels at different tokens are drawn independently, so cross terms vanish in the mean, and one `w` makes
-this the diagonal of the Gauss-Newton matrix of the loss that was minimised.
+`A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's
+Hessian: the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training
+loss is `w` times the document's summed token loss. Labels at different tokens are drawn independently, so cross terms vanish in
+the mean, and one `w` makes this the diagonal of the Gauss-Newton matrix of the loss that was minimised.
 """
 
 from collections.abc import Iterable, Sequence
@@ -98,8 +98,7 @@ def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]
 def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
     """`(Q_A, Q_S)` of every layer, columns by falling eigenvalue; layers of one group share `Q_A`.
 
-    Raises:
-        ValueError: a covariance is not finite.
+    A covariance that is not finite is refused with ValueError.
     """
     inputs = {name: _eigenvectors(A, f"inputs of {name}") for name, A in covariances.A.items()}
     return {
@@ -111,8 +110,8 @@ def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, t
 def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
     if not torch.isfinite(covariance).all():
         raise ValueError(
-            f"curvature: the covariance of the {what} is not finite; likely the checkpoint has diverged (look at the training loss), "
-            "or activations overflow the model's dtype"
+            f"curvature: the covariance of the {what} is not finite; likely the checkpoint has diverged (look at the training "
+            "loss), or activations overflow the model's dtype"
         )
     matrix = covariance.double()
     _values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)

@@ -27,7 +27,8 @@ class SegmentFactors:
     """EK-FAC factors of every tracked layer of one segment.
 
     In projected space they are those of projected gradients, and `projections` says how to project. `P` is the optimizer's
-    preconditioner averaged over the segment's checkpoints, by layer, empty without one. `scaled` are the factors of P^(1/2) G, if fitted.
+    preconditioner averaged over the segment's checkpoints, by layer, empty without one. `scaled` are the factors of P^(1/2) G, if
+    fitted.
     """
 
     layers: list[Layer]
@@ -56,8 +57,9 @@ class SegmentFactors:
     def row_projections(self, *, kind: str, rank: int, seed: int) -> dict[str, Projection]:
         """How a gradient becomes a stored row.
 
-        "eigenbasis": the eigenvectors with the largest corrected eigenvalues on each side; "pca": those with the largest covariances (LoGra's
-        PCA); "random": orthonormal at random. In projected space: the projections that the factors were fitted in.
+        "eigenbasis": the eigenvectors with the largest corrected eigenvalues on each side; "pca": those with the largest
+        covariances (LoGra's PCA); "random": orthonormal at random. In projected space: the projections that the factors were
+        fitted in.
         """
         if self.projections:
             return self.projections
@@ -97,8 +99,8 @@ def fit_factors(
 ) -> SegmentFactors:
     """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
 
-    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on a document's summed token loss.
-    With `projections`, everything happens in projected space. Parts of the documents are done in parallel on the CPU.
+    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on a document's summed
+    token loss. With `projections`, everything happens in projected space. Parts of the documents are done in parallel on the CPU.
     """
     layers = tracked_layers(load(checkpoints[-1]).to(device), pattern)
     chosen = projections(layers) if projections else None
@@ -197,11 +199,7 @@ def save_factors(path: Path, factors: SegmentFactors) -> None:
 
 
 def load_factors(path: Path) -> SegmentFactors:
-    """The factors in `path`.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-    """
+    """The factors in `path`; a missing file is refused with FileNotFoundError."""
     with safe_open(existing(path, stage="curvature"), "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict

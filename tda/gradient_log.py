@@ -44,8 +44,8 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
 def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int) -> dict:
     """Write the rows of all `documents` that the table lacks; its manifest.
 
-    Documents that were there when the table was sealed last are not computed again. The rest are batched as a function of themselves alone, and a
-    batch that was not committed whole is done again whole: a run that was killed ends with the same rows.
+    Documents that were there when the table was sealed last are not computed again. The rest are batched as a function of
+    themselves alone, and a batch that was not committed whole is done again whole: a run that was killed ends with the same rows.
     """
     segment = next(segment for segment in load_segments(workspace) if checkpoint in segment.checkpoints)
     factors = load_factors(workspace.curvature(segment.index))

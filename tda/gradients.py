@@ -15,7 +15,7 @@ from tda.projection import Projection, append_one, encode_inputs
 def gradient_rows(
     model: nn.Module, layers: Sequence[Layer], batch: Batch, *, projections: dict[str, Projection]
 ) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
-    """The projected gradient `P_o^T G P_i` of every document's summed token loss, all layers side by side; and its mean token loss (nats)."""
+    """The projected gradients `P_o^T G P_i` of every document's summed token loss, layers side by side; its mean loss (nats)."""
     rows: dict[str, Tensor] = {}
 
     def project_inputs(layer: Layer, a: Tensor) -> Tensor:

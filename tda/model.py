@@ -58,14 +58,15 @@ def load_model(name: str | Path) -> nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
     except (OSError, SafetensorError, EOFError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{name}: no causal language model could be loaded: {str(error).splitlines()[0]}; expected a folder with config.json and "
-            "whole weights, or a hub id that can be reached; if a checkpoint was cut short, remove it and run the stage that makes it again"
+            f"{name}: no causal language model could be loaded: {str(error).splitlines()[0]}; expected a folder with "
+            "config.json and whole weights, or a hub id that can be reached; if a checkpoint was cut short, remove it and run "
+            "the stage that makes it again"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         raise FileNotFoundError(
-            f"{name}: the weights do not fit the model: missing {missing[:3]}, of another shape {list(report['mismatched_keys'])[:3]}; "
-            "expected a checkpoint of the architecture that its config.json names"
+            f"{name}: the weights do not fit the model: missing {missing[:3]}, of another shape "
+            f"{list(report['mismatched_keys'])[:3]}; expected a checkpoint of the architecture that its config.json names"
         )
     return model.eval()
 
@@ -94,7 +95,8 @@ def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
     chosen = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
     if not chosen:
         raise ValueError(
-            f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are {', '.join(list(modules)[:8])}, ..."
+            f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are "
+            f"{', '.join(list(modules)[:8])}, ..."
         )
     calls: list[tuple[str, Tensor]] = []
     handles = [
@@ -112,8 +114,8 @@ def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
     repeated |= _shared_weights(chosen)
     if repeated:
         raise ValueError(
-            f"curvature.layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
-            "use of their own; leave them out with the pattern curvature.layers"
+            f"curvature.layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a "
+            "weight and one use of their own; leave them out with the pattern curvature.layers"
         )
     layers: dict[str, Layer] = {}
     leaders: dict[tuple[int, bool], str] = {}

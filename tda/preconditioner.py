@@ -1,7 +1,7 @@
 """The curvature of one segment as an optimizer sees it: `respond` and `decay`, the two things SOURCE asks of a segment.
 
-With a diagonal preconditioner P, an update is theta <- theta - eta P g, and with M = P^(1/2) H P^(1/2) (symmetric, METHODS: SOURCE appendix C
-in symmetric form; `w` is decoupled weight decay):
+With a diagonal preconditioner P, an update is theta <- theta - eta P g, and with M = P^(1/2) H P^(1/2) (symmetric, METHODS:
+SOURCE appendix C in symmetric form; `w` is decoupled weight decay):
 
     respond(q) = P^(1/2) F_r(M) P^(1/2) q          decay(q) = P^(-1/2) F_S(M) P^(1/2) q      (the transpose of exp(-eta K P H))
 
@@ -45,7 +45,7 @@ def plain(factors: EKFAC) -> LayerCurvature:
 
 
 def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
-    """The curvature under one P for the whole layer: the median of its values, which dead units (v near 0, P enormous) do not move."""
+    """The curvature under one P for the whole layer: the median of its values, unmoved by dead units (v near 0, P huge)."""
     p = P.flatten().median()
     return LayerCurvature(replace(factors, Lambda=p * factors.Lambda), p.sqrt())
 
@@ -68,7 +68,7 @@ def scaled_factors(
     """Sums over documents for the EK-FAC of M, with sampled labels, from gradients scaled by `root_P`.
 
     Without a `basis`: of `w G G^T` and `w G^T G`, whose eigenvectors are the basis. With one: of `w (Q_S^T G Q_A)^2`.
-    Scaled gradients are not outer products, so each document's is formed in full; the cost is that of a weight gradient per document.
+    Scaled gradients are not outer products, so each document's is formed in full, at the cost of a weight gradient per document.
     """
     A: dict[str, Tensor] = {}
     S: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Which documents most helped and most hurt the model on a text: an answer from the store, without touching the training data's gradients."""
+"""Which documents most helped and most hurt the model on a text: answered from the store, no training gradient computed again."""
 
 import textwrap
 
@@ -18,9 +18,7 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
     """The `top` most helpful and most harmful training documents for `text`: rank, score, id, source, excerpt.
 
     A score is the predicted rise of the text's mean loss per token (nats) had the document been left out.
-
-    Raises:
-        ValueError: the text is empty or has too few tokens to predict any.
+    A text that is empty, or has too few tokens to predict any, is refused with ValueError.
     """
     torch.set_num_threads(1)
     documents = load_documents(workspace.documents)

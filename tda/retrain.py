@@ -1,6 +1,7 @@
 """Retraining on all, on curated and on randomly reduced data, paired by seed.
 
-For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the same order.
+For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the
+same order.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ COLUMNS = ("arm", "seed", "steps", "num_documents", "train_loss", "target_loss",
 
 
 def arm_weights(arm: str, weights: np.ndarray, *, seed: int) -> np.ndarray:
-    """Every document's weight in an arm; 0 is dropped. The random control has the curated arm's weights, dealt out at random by `seed`."""
+    """Every document's weight in an arm; 0 is dropped. The random control has the curated arm's weights, dealt out by `seed`."""
     if arm == "all":
         return np.ones_like(weights)
     return weights if arm == "curated" else np.random.default_rng([seed, len(weights)]).permutation(weights)

@@ -44,7 +44,8 @@ def tokenizer_size(workspace: Workspace) -> int:
 def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, context: int, device: torch.device) -> None:
     """Train, and write checkpoints, trajectory and `train.json`.
 
-    Checkpoints gather in a work folder that is named after everything the run depends on; a run that was killed goes on from the last.
+    Checkpoints gather in a work folder that is named after everything the run depends on; a run that was killed goes on from the
+    last.
     """
     torch.set_num_threads(1)  # sums on several threads are taken in another order
     model = initial_model(recipe, vocabulary=tokenizer_size(workspace), context=context, seed=recipe.seed).to(device)

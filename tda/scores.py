@@ -22,8 +22,8 @@ Dot = Callable[[int, Float[Tensor, "query values"]], np.ndarray]
 class Scores:
     """Predicted effect of documents on queries.
 
-    Positive: training on the document is predicted to help the query, which is to lower its cost. A score of SOURCE or of influence is the
-    predicted rise of the query's mean cost per token (nats) when the document is left out of training.
+    Positive: training on the document is predicted to help the query, which is to lower its cost. A score of SOURCE or of
+    influence is the predicted rise of the query's mean cost per token (nats) when the document is left out of training.
     """
 
     values: np.ndarray  # (query, document), float64

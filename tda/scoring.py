@@ -81,9 +81,8 @@ def _identity(projection: Projection) -> Projection:
 def load_attribution(config: Config, workspace: Workspace, documents: Documents) -> Attribution:
     """Read everything that scoring needs, and check that it belongs together.
 
-    Raises:
-        FileNotFoundError: an artifact is missing; the message names the stage that makes it.
-        ValueError: the store was made with other weights or another projection.
+    A missing artifact is refused with FileNotFoundError, which names the stage that makes it; a store that was made with other
+    weights or another projection with ValueError.
     """
     segments = load_segments(workspace)
     dynamics, factors = load_dynamics(workspace, segments, adam=config.curvature.adam)

@@ -1,8 +1,8 @@
 """Training segments: which checkpoints belong to which stretch of the trajectory, and what every document received there.
 
 SOURCE (arXiv 2405.12186, section 3) sees a segment only through its summed learning rate, here `eta_bar K`, and its checkpoints.
-Where the paper's derivation takes every document to be drawn equally often (1/N of the segment's learning rate each), the trajectory says
-what each one received: documents of another training stage received nothing.
+Where the paper's derivation takes every document to be drawn equally often (1/N of the segment's learning rate each), the
+trajectory says what each one received: documents of another training stage received nothing.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ class Segment:
 def effective_learning_rates(trajectory: pl.DataFrame, *, optimizer: str, momentum: float) -> np.ndarray:
     """What a constant gradient is multiplied by at each step.
 
-    Heavy-ball momentum multiplies by 1 / (1 - momentum) (SOURCE, appendix D.2) and clipping by its scale. AdamW's update is normalised
-    already, and does not change with the length of the gradient.
+    Heavy-ball momentum multiplies by 1 / (1 - momentum) (SOURCE, appendix D.2) and clipping by its scale. AdamW's update is
+    normalised already, and does not change with the length of the gradient.
     """
     rates = trajectory["learning_rate"].to_numpy()
     return rates if optimizer == "adamw" else rates * trajectory["gradient_scale"].to_numpy() / (1 - momentum)
@@ -45,8 +45,8 @@ def segment_ends(
 ) -> list[int]:
     """For every segment, the number of checkpoints up to its end.
 
-    "steps" gives each segment the same number of checkpoints (one more to the first ones if uneven), "learning_rate" the same summed learning
-    rate, "stages" a boundary at the end of each training stage, the longer stages being divided further.
+    "steps" gives each segment the same number of checkpoints (one more to the first ones if uneven), "learning_rate" the same
+    summed learning rate, "stages" a boundary at the end of each training stage, the longer stages being divided further.
 
     Raises:
         ValueError: there are fewer checkpoints than segments, or than the training stages need.
@@ -85,8 +85,8 @@ def _stage_ends(checkpoint_steps: Sequence[int], num_segments: int, stage_ends: 
         begin = end
     if num_segments < len(stages):
         raise ValueError(
-            f"segments: {num_segments} segments for {len(stages)} training stages; expected at least one each; add to segments.indices, "
-            "or set segments.by to steps"
+            f"segments: {num_segments} segments for {len(stages)} training stages; expected at least one each; add to "
+            "segments.indices, or set segments.by to steps"
         )
     empty = [number for number, held in enumerate(stages) if not held]
     if empty:
@@ -139,7 +139,8 @@ def document_exposure(
 ) -> np.ndarray:
     """(document, segment): the share of the segment's learning rate that went through the document; columns sum to 1.
 
-    A step of batch size B gives each of its documents 1/B of its learning rate. A run that drew all documents equally often has 1/N everywhere.
+    A step of batch size B gives each of its documents 1/B of its learning rate. A run that drew all documents equally often has
+    1/N everywhere.
     """
     exposure = np.zeros((num_documents, len(last_steps)))
     segment = np.searchsorted(np.asarray(last_steps), trajectory["step"].to_numpy())

@@ -4,8 +4,8 @@
     for segment l = L, ..., 1:   u_l = respond_l(q_l)     q_{l-1} = decay_l(q_l)
     score(n) = sum over l of  exposure_l(n) * mean over the segment's checkpoints of < u_l, G_n >
 
-`exposure_l(n)` is 1/N in the paper. Removing document n moves the weights by `sum_l exposure_l decay... respond_l G_n`, so the score is the predicted rise
-of the query's cost when the document is left out: positive helps. Linear in `G_n`, and in the query.
+`exposure_l(n)` is 1/N in the paper. Removing document n moves the weights by `sum_l exposure_l decay... respond_l G_n`, so the
+score is the predicted rise of the query's cost when the document is left out: positive helps. Linear in `G_n`, and in the query.
 """
 
 from collections.abc import Iterator, Sequence

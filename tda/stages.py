@@ -1,7 +1,7 @@
 """One function per stage of the pipeline: read artifacts, call the maths, write artifacts.
 
-The only place that knows files and maths. Every function imports what it uses when it is called: the list of those imports is the stage's code, on which
-`dvc.yaml` makes it depend.
+The only place that knows files and maths. Every function imports what it uses when it is called: the list of those imports is the
+stage's code, on which `dvc.yaml` makes it depend.
 """
 
 from tda.artifacts import Workspace
@@ -90,8 +90,8 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     projected = config.curvature.space == "projected"
     if projected and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
         raise ValueError(
-            "curvature.space: projected fits the factors of gradients projected at random; expected gradients.projection: random and "
-            f"curvature.adam: scalar or none, got {config.gradients.projection} and {config.curvature.adam}"
+            "curvature.space: projected fits the factors of gradients projected at random; expected gradients.projection: "
+            f"random and curvature.adam: scalar or none, got {config.gradients.projection} and {config.curvature.adam}"
         )
 
     def projections(layers: list) -> dict:

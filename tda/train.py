@@ -1,7 +1,7 @@
 """The training loop: AdamW or SGD over a fixed schedule of batches, with checkpoints and a trajectory.
 
-The training loss of a step is the mean over all predicted tokens of its batch, in nats. The schedule is a function of the seed alone, so a
-run that was killed goes on from its last checkpoint and ends with the same bytes.
+The training loss of a step is the mean over all predicted tokens of its batch, in nats. The schedule is a function of the seed
+alone, so a run that was killed goes on from its last checkpoint and ends with the same bytes.
 """
 
 import math
@@ -66,7 +66,8 @@ def schedule(
     rates = learning_rates(recipe, sum(lengths))
     if not rates:
         raise ValueError(
-            f"train.stages: none of the parts {[stage.part for stage in recipe.stages]} has documents; see prepare.general_sources"
+            f"train.stages: none of the parts {[stage.part for stage in recipe.stages]} has documents; see "
+            "prepare.general_sources"
         )
     steps: list[Step] = []
     for index, (stage, length) in enumerate(zip(recipe.stages, lengths, strict=True)):
@@ -130,7 +131,7 @@ def train(
     seed: int = 0,
     after: Callable[[Taken], None] = lambda taken: None,
 ) -> None:
-    """Take `steps` with `model`, in place; `weights` multiply the loss of every document (default 1); `after` is called at each step.
+    """Take `steps` with `model`, in place; `weights` multiply every document's loss (default 1); `after` is called at each step.
 
     Raises:
         ValueError: the loss is not finite.
@@ -147,8 +148,8 @@ def train(
         loss = (factors[step.rows].to(device) * losses.sum(dim=1)).sum() / batch.loss_mask.sum()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected a finite number. "
-                "Lower train.learning_rate, lengthen train.warmup, or set train.max_gradient_norm"
+                f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected a "
+                "finite number. Lower train.learning_rate, lengthen train.warmup, or set train.max_gradient_norm"
             )
         loss.backward()
         scale = 1.0

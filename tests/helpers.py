@@ -72,7 +72,7 @@ def dense_gradient(model: nn.Module, layers: list[Layer], loss: Tensor) -> dict[
 
 
 def dense_fisher(model: nn.Module, layers: list[Layer], documents: Documents, *, weight: float) -> dict[str, Tensor]:
-    """The Gauss-Newton matrix of `weight` times the summed token loss, mean over documents, by layer, by summing over every label.
+    """The Gauss-Newton matrix of `weight` times the summed token loss, mean over documents, by layer, summed over every label.
 
     (d_out d_in, d_out d_in), in the order of a flattened (d_out, d_in) gradient.
     """

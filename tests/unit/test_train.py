@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_a_stage_whose_documents_were_all_dropped_is_refused():
     keep = np.array([part == "general" for part in documents.parts])
     with pytest.raises(ValueError, match="no documents are left for part mixed"):
         schedule(documents, recipe(), seed=0, lengths=[1, 1], keep=keep)
-    with pytest.raises(ValueError, match="none of the parts .* has documents"):
+    with pytest.raises(ValueError, match=r"none of the parts .* has documents"):
         schedule(documents, recipe(stages=[{"part": "general", "epochs": 1}]), seed=0, lengths=[0])
 
 
@@ -74,7 +76,7 @@ def test_learning_rates_warm_up_and_fall(shape):
     rates = learning_rates(recipe(schedule=shape, warmup=0.2, learning_rate=2.0), 20)
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[4] == 2.0
-    assert all(later <= earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert (rates[-1] == 2.0) == (shape == "constant")
 
 
