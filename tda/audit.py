@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,9 +48,18 @@ class AuditResult:
     report: Path
 
 
-def audit(config: Config, workspace: Workspace, *, date: str, scored: pl.DataFrame) -> AuditResult:
+def audit(
+    config: Config,
+    workspace: Workspace,
+    *,
+    date: str,
+    scored: pl.DataFrame,
+    counts: dict[str, int] | None = None,
+    quarantine: Sequence[dict] = (),
+) -> AuditResult:
     """The verdict on `scored` (doc_id, content_hash, source, score, is_new), written to a folder of that date.
 
+    `counts` says what became of the rows of `audit.documents`, `quarantine` which of them were no documents.
     A second audit on one date gets the suffix -2. The folder appears whole, and then the line of the history; the caller
     sees to it that two audits do not run at once. Refused are a date that is none, no documents, and an id that comes twice.
     """
@@ -73,6 +83,7 @@ def audit(config: Config, workspace: Workspace, *, date: str, scored: pl.DataFra
         "scope": config.audit.scope,
         "num_documents": len(table),
         "num_new": num_new,
+        "new_documents": counts or {},
         "num_harmful": int(_harmful(table).sum()),
         "num_new_harmful": int(_harmful(table.filter("is_new")).sum()),
         "sources": shifts.to_dicts(),
@@ -88,7 +99,10 @@ def audit(config: Config, workspace: Workspace, *, date: str, scored: pl.DataFra
     with whole(workspace.audits / name) as part:
         part.mkdir()
         write_json(part / "audit.json", facts | {"provenance": made})
-        write_table(part / "scores.parquet", table)
+        write_table(part / "scores.parquet", table.drop("text", strict=False))
+        if counts:
+            lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in quarantine)
+            (part / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
         page = _page(config, workspace, facts, table=table, made=made, history=history)
         (part / "index.html").write_text(page, encoding="utf-8")
     _write_history(workspace, history)

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--date", type=_date, help="date of the audit, YYYY-MM-DD (default: today)")
     _add_json(audit)
 
-    _add(commands, _verify, "check the artifacts and the store against their manifests", "verify")
+    _add(commands, _verify, "check the rows of the gradient store against their manifests", "verify")
 
     gc = _add(commands, _gc, "remove what nothing refers to any more", "gc --dry-run")
     gc.add_argument("--dry-run", action="store_true", help="only list it")
@@ -242,7 +242,7 @@ def _verify(options: argparse.Namespace) -> int:
     for problem in problems:
         print(f"tda verify: {problem}", file=sys.stderr)
     if not problems:
-        print("verified: every artifact and every table of the store is what its manifest says")
+        print("verified: the store holds the rows that data/gradients names (`dvc status` checks the other files)")
     return MISMATCH if problems else OK
 
 

@@ -164,8 +164,9 @@ class Report(Section):
 
 
 class Audit(Section):
-    """Limits of the scheduled audit; it fails when one is passed."""
+    """What the scheduled audit scores, and its limits; it fails when one is passed."""
 
+    documents: str  # new documents to score, read as prepare.documents is, with the same fields; empty: none
     scope: Literal["new", "all"]
     max_share_harmful: float = Field(ge=0, le=1)
     max_share_crossed: float = Field(ge=0, le=1)

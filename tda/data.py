@@ -85,6 +85,11 @@ def load_documents(path: Path, *, half: str | None = None) -> Documents:
         raise ValueError(
             f"{path}: no documents{f' in half {half}' if half else ''}; expected at least one; see prepare in params.yaml"
         )
+    return as_documents(table)
+
+
+def as_documents(table: pl.DataFrame) -> Documents:
+    """The documents in a table with the columns that `prepare` writes."""
     return Documents(
         ids=table["id"].to_list(),
         sources=table["source"].to_list(),

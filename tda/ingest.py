@@ -67,7 +67,7 @@ def separator(prompt: str, completion: str) -> str:
     return "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else "\n"
 
 
-def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: float, key: str = "documents") -> Reading:
+def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: float, key: str = "prepare.documents") -> Reading:
     """All documents at `location`, which stands under `key` in `params.yaml`.
 
     A row without an id gets one made from its source and content, one without a source its file's name. Of rows with the
@@ -86,7 +86,7 @@ def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: f
     hashes: dict[str, str] = {}
     names: dict[str, None] = {}  # of the fields that rows have, for the message
     try:
-        for row in tqdm(rows(location, split=split), desc=f"prepare: reading {key}", unit="row", disable=not progress_is_shown()):
+        for row in tqdm(rows(location, split=split), desc=f"reading {key}", unit="row", disable=not progress_is_shown()):
             reading.num_rows += 1
             if isinstance(row.value, dict) and len(names) < 50:
                 names.update(dict.fromkeys(map(str, row.value)))
@@ -101,23 +101,23 @@ def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: f
             reading.documents.append(document)
             reading.num_ids_made += made
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"prepare.{key}: {error}") from error
+        raise FileNotFoundError(f"{key}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"prepare.{key}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
     _check(reading, location=location, max_bad_rows=max_bad_rows, key=key, names=list(names))
     return reading
 
 
 def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str, names: list[str]) -> None:
     if reading.num_rows == 0:
-        raise ValueError(f"prepare.{key}: {location} is empty: expected rows, got none; check the path and prepare.split")
+        raise ValueError(f"{key}: {location} is empty: expected rows, got none; check the path and prepare.split")
     bad = len(reading.quarantine)
     if bad > max_bad_rows * reading.num_rows:
         reasons = Counter(row["reason"] for row in reading.quarantine)
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
         first = ", ".join(f"{row['file']}:{row['line']}" for row in reading.quarantine[:3])
         raise ValueError(
-            f"prepare.{key}: {bad} of {reading.num_rows} rows of {location} are malformed, more than the share {max_bad_rows:g} "
+            f"{key}: {bad} of {reading.num_rows} rows of {location} are malformed, more than the share {max_bad_rows:g} "
             f"that prepare.max_bad_rows allows; {counts}; first at "
             f"{first}; fields found: {', '.join(names) or 'none'}; name fields that are there (text_field, or prompt_field and "
             "completion_field), mend the rows, or raise max_bad_rows"

@@ -13,7 +13,7 @@ from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, python_texts
 from tda.damage import Truth, damage_documents
 from tda.ingest import Document, Fields, Reading, content_hash, read_documents
-from tda.split import check_sources, draw, split_documents
+from tda.split import check_sources, draw_by_part, split_documents
 from tda.tokens import Encoded, Row, encode_documents, load_tokenizer, train_tokenizer
 
 BUILTIN = "builtin:python"
@@ -75,9 +75,9 @@ def prepare_documents(config: Prepare, *, model: str, workers: int = 1) -> Prepa
     encoded = {name: encode_documents(some, tokenizer, context=config.context, end=end) for name, some in parts.items()}
     rows, dropped = _fit(encoded, halves=split.halves, config=config)
     tables = {
-        "documents": _table(rows["documents"]),
-        "targets": _table(rows["targets"], half=[split.halves[row.origin] for row in rows["targets"]]),
-        "heldout": _table(rows["heldout"]),
+        "documents": document_table(rows["documents"]),
+        "targets": document_table(rows["targets"], half=[split.halves[row.origin] for row in rows["targets"]]),
+        "heldout": document_table(rows["heldout"]),
     }
     truth_table = _truth_table(rows["documents"], truth, originals={one.id: one.text for one in split.training})
 
@@ -118,19 +118,22 @@ def write_prepared(prepared: Prepared, workspace: Workspace) -> None:
 def _read(config: Prepare, *, workers: int) -> tuple[Reading, tuple[str, ...], tuple[str, ...]]:
     """The documents; the sources of the first training stage; the sources that targets are drawn from."""
     general, target_sources = tuple(config.general_sources), tuple(config.target_sources)
+    reading = read_source(config, config.documents, key="prepare.documents", workers=workers)
     if config.documents == BUILTIN:
-        texts = python_texts(workers=workers)
-        documents = [Document(f"{text.source}/{text.name}", text.source, text.text) for text in texts]
-        reading = Reading(documents, num_rows=len(documents))
         return reading, general or GENERAL_SOURCES, target_sources or TARGET_SOURCES
-    return _read_own(config, config.documents, key="documents"), general, target_sources
+    return reading, general, target_sources
 
 
 def _read_targets(config: Prepare) -> Reading | None:
-    return _read_own(config, config.targets, key="targets") if config.targets else None
+    return read_source(config, config.targets, key="prepare.targets") if config.targets else None
 
 
-def _read_own(config: Prepare, location: str, *, key: str) -> Reading:
+def read_source(config: Prepare, location: str, *, key: str, workers: int = 1) -> Reading:
+    """All documents at `location`, which stands under `key` in `params.yaml`, by the fields and the split that `config` names."""
+    if location == BUILTIN:
+        texts = python_texts(workers=workers)
+        documents = [Document(f"{text.source}/{text.name}", text.source, text.text) for text in texts]
+        return Reading(documents, num_rows=len(documents))
     fields = Fields(
         text=config.text_field,
         prompt=config.prompt_field,
@@ -191,10 +194,14 @@ def _refuse_overlap(documents: list[Document], targets: list[Document]) -> None:
 
 def _tokenizer(documents: list[Document], *, config: Prepare, model: str) -> tuple[Any, bool]:
     """The tokenizer, and whether it is one trained here, of which an end-of-text token closes each document."""
-    name = config.tokenizer or ("" if model == BUILT_HERE else model)
-    if name:
-        return load_tokenizer(name), False
-    return train_tokenizer((one.text for one in documents), vocabulary=config.vocabulary), True
+    if closes_documents(config, model=model):
+        return train_tokenizer((one.text for one in documents), vocabulary=config.vocabulary), True
+    return load_tokenizer(config.tokenizer or model), False
+
+
+def closes_documents(config: Prepare, *, model: str) -> bool:
+    """Whether the tokenizer is one trained here, of which an end-of-text token closes each document."""
+    return model == BUILT_HERE and not config.tokenizer
 
 
 def _fit(encoded: dict[str, Encoded], *, halves: dict[str, str], config: Prepare) -> tuple[dict[str, list[Row]], dict[str, int]]:
@@ -216,7 +223,8 @@ def _fit(encoded: dict[str, Encoded], *, halves: dict[str, str], config: Prepare
         group = {row.document.id: f"{halves.get(row.origin, '')}/{row.document.source}" for row in fresh}
         salt = f"rows/{config.seed}"
         key, source = (lambda row: row.document.id), (lambda row, group=group: group[row.document.id])
-        some, rest = draw(fresh, limits[name] or len(fresh), key=key, source=source, salt=salt)
+        part = lambda row: row.document.part  # noqa: E731  beside its two siblings
+        some, rest = draw_by_part(fresh, limits[name] or len(fresh), key=key, source=source, part=part, salt=salt)
         kept[name] = sorted(some, key=key)
         dropped[f"{name}_same_text"] = len(encoded[name].rows) - len(fresh)
         dropped[f"{name}_beyond_number"] = len(rest)
@@ -237,7 +245,8 @@ def _check_rows(rows: list[Row], *, name: str) -> None:
         )
 
 
-def _table(rows: list[Row], **more: list) -> pl.DataFrame:
+def document_table(rows: list[Row], **more: list) -> pl.DataFrame:
+    """The rows as a table with the columns of `documents.parquet`, and `more` of them."""
     documents = [row.document for row in rows]
     columns = {
         "id": [one.id for one in documents],

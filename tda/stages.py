@@ -4,8 +4,13 @@ The only place that knows files and maths. Every function imports what it uses w
 stage's code, on which `dvc.yaml` makes it depend.
 """
 
+from typing import TYPE_CHECKING
+
 from tda.artifacts import Workspace
 from tda.config import Config
+
+if TYPE_CHECKING:
+    from tda.audit import AuditResult
 
 
 def prepare(config: Config, workspace: Workspace) -> None:
@@ -185,3 +190,12 @@ def report(config: Config, workspace: Workspace) -> None:
 
     with whole(workspace.report) as part:
         part.write_text(build_report(workspace, config), encoding="utf-8")
+
+
+def audit(config: Config, workspace: Workspace, *, date: str) -> "AuditResult":
+    """Scores of documents now, with the checkpoints at hand, against limits and the previous audit. No stage of `dvc.yaml`."""
+    from tda import audit as audits
+    from tda.audit_scores import audit_scores
+
+    scored = audit_scores(config, workspace)
+    return audits.audit(config, workspace, date=date, scored=scored.table, counts=scored.counts, quarantine=scored.quarantine)

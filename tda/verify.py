@@ -47,7 +47,7 @@ def collect_garbage(workspace: Workspace, dry_run: bool = False) -> list[str]:
 
     Kept are the tables and tags that a manifest in the workspace names, and unfinished work: rows of a checkpoint that has no
     manifest now. Rows of other commits of the repository go; `dvc repro --force gradients@C` makes them again. While a gradients
-    stage runs, nothing is removed (RuntimeError).
+    stage runs or an audit adds new documents, nothing is removed (RuntimeError); the next audit makes its own tags again.
 
     Raises:
         ValueError: there is no manifest, or one cannot be read; so nothing may be removed.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from tda import stages
+from tda.artifacts import Workspace
 from tda.config import Config, parse_config
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
@@ -80,3 +82,16 @@ def toy_config(folder: Path, **changes: object) -> Config:
         section, name = key.split("__")
         values[section][name] = value
     return parse_config(values, origin="toy")
+
+
+def write_params(folder: Path, values: dict) -> None:
+    """`values` as the folder's `params.yaml`."""
+    (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def run_stages(config: Config, workspace: Workspace, *names: str) -> None:
+    """The stages, every part of each, in this process."""
+    for name in names:
+        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
+        for arguments in [(part,) for part in parts] if parts else [()]:
+            getattr(stages, name)(config, workspace, *arguments)

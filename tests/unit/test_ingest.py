@@ -13,7 +13,7 @@ PAIR = Fields(prompt="question", completion="answer")
 
 
 def read(
-    path: Path | str, *, fields: Fields = FIELDS, split: str = "train", max_bad_rows: float = 1.0, key: str = "documents"
+    path: Path | str, *, fields: Fields = FIELDS, split: str = "train", max_bad_rows: float = 1.0, key: str = "prepare.documents"
 ) -> Reading:
     return read_documents(str(path), fields=fields, split=split, max_bad_rows=max_bad_rows, key=key)
 
@@ -149,7 +149,7 @@ def test_too_many_malformed_rows_are_refused_with_the_fields_there_are(tmp_path)
     ):
         read(path, max_bad_rows=0.6)
     with pytest.raises(ValueError, match=r"prepare.targets: .*fields found: body, label, text;"):
-        read(path, max_bad_rows=0.0, key="targets")
+        read(path, max_bad_rows=0.0, key="prepare.targets")
 
 
 def test_ids_and_sources_are_made_where_there_are_none(tmp_path):
