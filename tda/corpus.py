@@ -1,8 +1,8 @@
 """`builtin:python`: the documentation of the Python standard library and of the installed packages, as a corpus.
 
-A document is one module, class or function: its qualified name with its parameters, a blank line, and the lead of its
-docstring: the first paragraphs, up to the first section (Parameters, Args:, an example, ...). Paragraphs of the language
-reference are documents too. The source files are parsed, never imported.
+A document is one module, class or function: its qualified name with its parameters, a blank line, and the beginning of its
+docstring: what it is for and its parameters, up to the first section of another kind (an example, notes, references, ...).
+Paragraphs of the language reference are documents too. The source files are parsed, never imported.
 """
 
 import ast
@@ -71,15 +71,13 @@ SKIPPED = frozenset(  # folders and modules: tests, copies of other projects, ge
     }
 )
 MAX_SIGNATURE = 120  # characters
-LEAD = 150  # characters beyond which no further paragraph of a docstring is taken
+LEAD = 400  # characters beyond which no further line of a docstring is taken
 
-# Where the lead of a docstring ends: an underlined heading, "Args:", a field list, an example, a directive.
-_SECTION = re.compile(
+# Where the beginning of a docstring ends: an example, notes or references as heading, a directive, a doctest, a fence.
+_END = re.compile(
     r"""(?mx)
-      ^[ ]*\S[^\n]*\n[ ]*[-=~^"*]{3,}[ ]*$
-    | ^[ ]*(?:Arg(?:ument)?s|Param(?:eter)?s|Keyword[ ]arg(?:ument)?s|Returns?|Yields?|Raises|Examples?|Attributes|Methods
-           |Notes?|Usage|Shape|See[ ]also|References|Warnings?|Inputs?|Outputs?)[ ]*::?[ ]*$
-    | ^[ ]*[:@](?:param|return|rtype|arg|type|raise)
+      ^[ ]*(?:Examples?|Notes?|References|See[ ]Also|Warnings?)[ ]*\n[ ]*[-=~^"*]{3,}[ ]*$
+    | ^[ ]*(?:Examples?|Notes?|References|See[ ]also|Usage)[ ]*::?[ ]*$
     | ^[ ]*(?:>>>|\.\.[ ]|```|<Tip|In[ ]\[)
     """
 )
@@ -170,14 +168,14 @@ def _objects(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _lead(docstring: str) -> str:
-    """The first paragraphs of a docstring; none if they are a template or hold characters that are no text."""
-    section = _SECTION.search(docstring)
-    whole = docstring[: section.start()] if section else docstring
-    lead, *paragraphs = whole.strip().split("\n\n")
-    for paragraph in paragraphs:
-        if len(lead) + len(paragraph) > LEAD:
+    """The first lines of a docstring; none if they are a template or hold characters that are no text."""
+    end = _END.search(docstring)
+    first, *lines = docstring[: end.start() if end else None].strip().split("\n")
+    lead = first
+    for line in lines:
+        if len(lead) + len(line) > LEAD:
             break
-        lead = f"{lead}\n\n{paragraph}"
+        lead = f"{lead}\n{line}"
     return "" if "%(" in lead or not _is_prose(lead) else lead.strip()
 
 

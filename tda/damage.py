@@ -62,9 +62,9 @@ def damage_documents(documents: Sequence[Document], *, share: float, seed: int) 
     chosen = order[: round(share * len(documents))]
     done: dict[str, tuple[Document, str]] = {}
     for place, document in enumerate(chosen):
-        # Neighbours in the same kind hand their text on in a circle, as rows do that slipped by one when two columns were joined.
-        donor = chosen[place + len(KINDS)] if place + len(KINDS) < len(chosen) else chosen[place % len(KINDS)]
-        donors = [donor, *order]
+        # The body is another source's where there are several, as when the files of two collections are joined by row number.
+        others = [donor for donor in order if donor.source != document.source] or [donor for donor in order if donor is not document]
+        donors = others[place % max(1, len(others)) :] + others
         for turn in range(len(KINDS)):
             kind = KINDS[(place + turn) % len(KINDS)]
             damaged = _damaged(document, kind=kind, donors=donors, rng=random.Random(f"{seed}/{kind}/{document.id}"))

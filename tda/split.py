@@ -49,6 +49,24 @@ def draw(
     return drawn, rest
 
 
+def draw_by_part(
+    items: Iterable[Item],
+    count: int,
+    *,
+    key: Callable[[Item], str],
+    source: Callable[[Item], str],
+    part: Callable[[Item], str],
+    salt: str,
+) -> tuple[list[Item], list[Item]]:
+    """`draw` with fair shares of the parts of training first, and of the sources within each: both stages have enough to learn from."""
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[part(item)].append(item)
+    shares = fair_shares(Counter({name: len(group) for name, group in groups.items()}), count)
+    pairs = [draw(groups[name], shares[name], key=key, source=source, salt=salt) for name in sorted(groups)]
+    return [item for drawn, _ in pairs for item in drawn], [item for _, rest in pairs for item in rest]
+
+
 def check_sources(
     documents: Sequence[Document], *, general_sources: Iterable[str], target_sources: Sequence[str], targets_given: bool
 ) -> None:
@@ -120,7 +138,14 @@ def split_documents(
             f"prepare: no training documents are left beside {num_targets} targets and {num_heldout} held-out documents: "
             f"expected more than the {len(documents)} there are; add documents, or lower num_targets and num_heldout"
         )
-    training, _ = _draw(rest, max_documents or len(rest), salt=f"training/{seed}")
+    training, _ = draw_by_part(
+        rest,
+        max_documents or len(rest),
+        key=lambda one: one.id,
+        source=lambda one: one.source,
+        part=lambda one: one.part,
+        salt=f"training/{seed}",
+    )
     return Split(_sorted(training), _sorted(replace(one, part="mixed") for one in drawn), _sorted(heldout), halves)
 
 
