@@ -51,7 +51,7 @@ DOMAINS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # First training stage, and the domains whose documents may become targets.
-GENERAL_SOURCES = ("prefect", REFERENCE, "sqlalchemy", "stdlib", "torch", "transformers")
+GENERAL_SOURCES = ("polars", "prefect", REFERENCE, "sqlalchemy", "stdlib", "torch", "transformers")
 TARGET_SOURCES = ("numpy", "scipy")
 
 SKIPPED = frozenset(  # folders and modules: tests, copies of other projects, generated or dead code

@@ -42,6 +42,7 @@ def evaluate(
     manifest: pl.DataFrame,
     trajectory: pl.DataFrame,
     truth: pl.DataFrame | None,
+    target_sources: Sequence[str],
     rule: Rule,
 ) -> Evaluation:
     """The evaluation of one decision; `truth` (id, damaged, kind) is None, or marks nothing, when nothing was planted."""
@@ -66,7 +67,7 @@ def evaluate(
         "scores_by_source": histogram,
     }
     if truth is not None and truth["damaged"].any():
-        found, curve, planted = find_damage(scores, manifest=manifest, truth=truth)
+        found, curve, planted = find_damage(scores, manifest=manifest, truth=truth, target_sources=target_sources)
         metrics["damage"] = found
         plots |= {"recall_curve": curve, "planted": planted}
     return Evaluation(verdict, metrics, plots)
@@ -188,8 +189,13 @@ def _nested_differences(comparisons: Sequence[dict]) -> dict:
 # The positive control
 
 
-def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataFrame) -> tuple[dict, pl.DataFrame, pl.DataFrame]:
+def find_damage(
+    scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataFrame, target_sources: Sequence[str]
+) -> tuple[dict, pl.DataFrame, pl.DataFrame]:
     """What every `score_METHOD` and the decision find of the damage; recall curves, a column each; the planted documents.
+
+    `auc_target_sources` compares documents of the targets' own sources alone: there damage can be told from a document that is
+    merely of no use to the targets.
 
     Raises:
         ValueError: the scores or the truth are not of the manifest's documents.
@@ -206,6 +212,8 @@ def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataF
     damaged, kinds = table["damaged"].to_numpy(), table["kind"].to_numpy()
     num_damaged, num_dropped = int(damaged.sum()), int((~table["keep"]).sum())
     kind_names = sorted(set(kinds[damaged]))
+    near = table["source"].is_in(list(target_sources)).to_numpy()
+    mixed = 0 < damaged[near].sum() < near.sum()  # both kinds are there
     inspected = np.linspace(0, len(table), CURVE_POINTS).round().astype(int)
     methods, curves = {}, {"share_inspected": inspected / len(table)}
     for column in (name for name in table.columns if name.startswith("score_")):
@@ -216,6 +224,7 @@ def find_damage(scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataF
         found = np.cumsum(damaged[order])
         methods[method] = {
             "auc": roc_auc(harm, damaged),
+            **({"auc_target_sources": roc_auc(harm[near], damaged[near])} if mixed else {}),
             "recall_at_damaged": float(found[num_damaged - 1] / num_damaged),
             "kinds": {
                 kind: {

@@ -178,6 +178,7 @@ def evaluation(config: Config, workspace: Workspace) -> None:
         manifest=read_table(workspace.manifest, stage="curation"),
         trajectory=read_table(workspace.trajectory, stage="train"),
         truth=read_table(workspace.damage, stage="prepare"),
+        target_sources=read_table(workspace.targets, stage="prepare")["source"].unique().sort().to_list(),
         rule=config.evaluation,
     )
     write_evaluation(evaluation, workspace)

@@ -87,7 +87,16 @@ def fake_workspace(
     write_table(workspace.retraining, runs)
     damaged = truth if damage else None
     write_evaluation(
-        evaluate(runs, scores=scores, manifest=manifest, trajectory=trajectory, truth=damaged, rule=config.evaluation), workspace
+        evaluate(
+            runs,
+            scores=scores,
+            manifest=manifest,
+            trajectory=trajectory,
+            truth=damaged,
+            target_sources=list(SOURCES)[:2],
+            rule=config.evaluation,
+        ),
+        workspace,
     )
     (root / "dvc.lock").write_text(
         "schema: '2.0'\nstages:\n  prepare:\n    cmd: tda prepare\n  report:\n    cmd: tda report\n", encoding="utf-8"

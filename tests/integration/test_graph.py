@@ -155,7 +155,7 @@ def test_override_changes_the_values_and_nothing_else(tmp_path):
     changed = [pair for pair in zip(before.splitlines(), path.read_text().splitlines(), strict=True) if pair[0] != pair[1]]
     assert changed == [
         ("    num_layers: 4", "    num_layers: 2"),
-        ("  drop: 0.1", "  drop: 0.05"),
+        ("  drop: 0.2", "  drop: 0.05"),
         ("  seeds: [0, 1, 2, 3, 4]", "  seeds: [0, 1]"),
     ]
 

@@ -9,6 +9,7 @@ from tda.artifacts import Workspace
 from tda.config import Evaluation as Rule
 from tda.evaluate import evaluate, paired_comparison, roc_auc, score_histogram, t_interval, write_evaluation
 
+TARGET_SOURCES = ["s1"]
 RULE = Rule(confidence=0.95, max_general_loss_increase=0.02)
 NOISE = np.array([0.0, 0.001, -0.001, 0.002, -0.002])
 
@@ -57,7 +58,9 @@ def judged(runs: pl.DataFrame, manifest: pl.DataFrame | None = None, damage: pl.
         "doc_id", "content_hash", "source", score_source="score", score_bm25=-pl.col("score"), score_random=pl.lit(0.0)
     )
     trajectory = pl.DataFrame({"step": [2, 1], "stage": [0, 0], "loss": [2.0, 3.0], "learning_rate": [0.1, 0.1]})
-    return evaluate(runs, scores=scores, manifest=manifest, trajectory=trajectory, truth=damage, rule=RULE)
+    return evaluate(
+        runs, scores=scores, manifest=manifest, trajectory=trajectory, truth=damage, target_sources=TARGET_SOURCES, rule=RULE
+    )
 
 
 def test_interval_agrees_with_scipy():
@@ -149,6 +152,10 @@ def test_planted_damage_is_found_by_the_score_that_ranks_it_first():
     assert source["kinds"]["encoding"]["recall_at_damaged"] == 1 / 2  # d01 is among the first five, d09 is not
     assert source["kinds"]["shuffled"]["recall_at_damaged"] == 2 / 3
     assert ties["auc"] == 0.5
+    near = [row for row in range(20) if row % 2]  # of source s1
+    harm = -np.array([(row - 8.0) * 1e-6 for row in near])
+    expected = roc_auc(harm, np.isin(near, [0, 1, 2, 9, 19]))
+    assert source["auc_target_sources"] == pytest.approx(expected)
     curve = evaluation.plots["recall_curve"]
     assert curve.columns == ["share_inspected", "source", "bm25", "random"]
     assert curve.select("share_inspected", "source").rows()[:: len(curve) - 1] == [(0, 0), (1, 1)]
