@@ -1,23 +1,16 @@
 """Inputs and pseudo-gradients of every tracked layer during one backward pass. The only file with hooks.
 
 All parameters are frozen and the pass is differentiated with respect to the input embeddings alone, so that no weight gradient
-is ever formed. Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed.
+is ever formed.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tda.data import Batch
-from tda.model import Layer
+from tda.model import Layer, plain_head
 
-Labels = Literal["true", "sampled"]
-Measurement = Literal["loss", "margin", "log_probability"]
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
 
@@ -35,6 +28,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
+    plain_head(model)  # what it has to run, it runs before there are hooks
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in layers}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -60,7 +54,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
 
     handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())]
     handles += [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
-    handles.append(model.register_forward_hook(release))
+    handles += [module.register_forward_hook(release) for module in {model, getattr(model, "base_model", model)}]
     model.requires_grad_(False)
     try:
         yield
@@ -69,42 +63,3 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
             handle.remove()
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
-
-
-def token_losses(
-    model: nn.Module, batch: Batch, *, labels: Labels = "true", generator: torch.Generator | None = None
-) -> Float[Tensor, "batch prediction"]:
-    """Cross-entropy of every prediction in nats, zero where it does not count.
-
-    With sampled labels the loss is that of labels drawn from the model itself, whose squared gradients average to the true
-    Fisher matrix (Martens 2020, section 5), which for cross-entropy is the Gauss-Newton matrix.
-    """
-    logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
-    targets = batch.tokens[:, 1:] if labels == "true" else sample_labels(logits.detach(), generator=generator)
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    return losses * batch.loss_mask
-
-
-def token_costs(model: nn.Module, batch: Batch, *, measurement: Measurement) -> Float[Tensor, "batch prediction"]:
-    """The measurement of every prediction, signed so that lower is better: loss, -log p/(1-p), or -log p."""
-    if measurement in ("loss", "log_probability"):
-        return token_losses(model, batch)
-    logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
-    targets = batch.tokens[:, 1:, None]
-    right = logits.gather(2, targets)[..., 0]
-    others = logits.scatter(2, targets, -torch.inf).logsumexp(dim=2)  # log of the sum over every other token
-    return (others - right) * batch.loss_mask
-
-
-def sample_labels(
-    logits: Float[Tensor, "batch token vocabulary"], *, generator: torch.Generator | None = None
-) -> Int[Tensor, "batch token"]:
-    """A label for every place, drawn from softmax(logits)."""
-    probabilities = logits.softmax(dim=2)
-    flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-    return flat.view(logits.shape[0], logits.shape[1])
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32, or in float64 if they are: reductions over data are never narrower."""
-    return values if values.dtype == torch.float64 else values.float()

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from tda.capture import at_least_float32, captured, token_losses
+from tda.capture import captured
 from tda.data import Batch
+from tda.losses import at_least_float32, document_losses
 from tda.model import Layer
 from tda.projection import Projection, append_one, encode_inputs
 from tda.spectral import SpectralFn
@@ -82,9 +82,10 @@ def covariances(
 
     with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
         for batch in batches:
-            counts = F.pad(batch.mask[:, 1:], (0, 1))[:, :, None]  # the last token of a document predicts nothing
+            counts = batch.mask[:, 1:, None]  # the last token of a document predicts nothing
             num_tokens += int(counts.sum())
-            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total.backward()
     return Covariances(A, S, num_tokens)
 
 
@@ -148,5 +149,6 @@ def corrected_eigenvalues(
         for batch in batches:
             w = weights[batch.rows]
             num_documents += len(batch.rows)
-            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total.backward()
     return Lambda, num_documents

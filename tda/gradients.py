@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda.capture import Measurement, captured, token_costs, token_losses
+from tda.capture import captured
 from tda.data import Batch
+from tda.losses import Measurement, document_costs, document_losses
 from tda.model import Layer
 from tda.projection import Projection, append_one, encode_inputs
 
@@ -25,9 +26,9 @@ def gradient_rows(
         rows[layer.name] = torch.bmm((Ds @ projections[layer.name].P_o).mT, projected).flatten(1)
 
     with captured(model, layers, encode=project_inputs, consume=add_rows):
-        losses = token_losses(model, batch).sum(dim=1)
-        losses.sum().backward()
-    return torch.cat([rows[layer.name] for layer in layers], dim=1), losses.detach() / batch.loss_mask.sum(dim=1)
+        total, losses = document_losses(model, batch)
+        total.backward()
+    return torch.cat([rows[layer.name] for layer in layers], dim=1), losses / batch.loss_mask.sum(dim=1)
 
 
 def query_gradients(
@@ -48,8 +49,8 @@ def query_gradients(
 
     with captured(model, layers, encode=keep_inputs, consume=add_gradients):
         for batch in batches:
-            costs = token_costs(model, batch, measurement=measurement).sum(dim=1) / batch.loss_mask.sum(dim=1)
-            costs.sum().backward()
+            total, _costs = document_costs(model, batch, weights=1 / batch.loss_mask.sum(dim=1), measurement=measurement)
+            total.backward()
             order += batch.rows
     return {name: torch.cat(held) for name, held in gradients.items()}, order
 

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,35 @@ def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
 def _shared_weights(modules: dict[str, nn.Module]) -> set[str]:
     uses = Counter(id(module.weight) for module in modules.values())
     return {name for name, module in modules.items() if uses[id(module.weight)] > 1}
+
+
+_has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def plain_head(model: nn.Module) -> nn.Linear | None:
+    """The model's last layer, if its logits are nothing but that layer's output on the trunk's last hidden states; else None.
+
+    Found out by running a few tokens through a model that is seen for the first time. A head with a bias, or logits that are
+    scaled or capped, is not plain.
+    """
+    if model not in _has_plain_head:
+        _has_plain_head[model] = _probe_head(model)
+    return model.get_output_embeddings() if _has_plain_head[model] else None
+
+
+@torch.no_grad()
+def _probe_head(model: nn.Module) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    trunk = getattr(model, "base_model", model)
+    if not isinstance(head, nn.Linear) or head.bias is not None or trunk is model:
+        return False
+    tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
+    was_training = model.training
+    model.eval()
+    hidden = getattr(trunk(input_ids=tokens, use_cache=False), "last_hidden_state", None)
+    plain = hidden is not None and torch.equal(model(input_ids=tokens, use_cache=False).logits, head(hidden))
+    model.train(was_training)
+    return plain
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

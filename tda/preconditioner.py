@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda.capture import at_least_float32, captured, token_losses
+from tda.capture import captured
 from tda.data import Batch
 from tda.ekfac import EKFAC, Covariances, eigenbasis
+from tda.losses import at_least_float32, document_losses
 from tda.model import Layer
 from tda.projection import append_one
 from tda.spectral import segment_decay, segment_response
@@ -93,7 +94,8 @@ def scaled_factors(
         for batch in batches:
             w = weights[batch.rows]
             num_documents += len(batch.rows)
-            token_losses(model, batch, labels="sampled", generator=generator).sum().backward()
+            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total.backward()
     return Covariances(A, S, num_documents), Lambda
 
 

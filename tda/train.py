@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tda.artifacts import read_json, whole, write_json
-from tda.capture import token_losses
 from tda.config import Train
 from tda.data import Documents, batches, make_batch
+from tda.losses import document_losses
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = step.learning_rate
         batch = make_batch(documents, step.rows).to(device)
-        losses = token_losses(model, batch)
-        loss = (factors[step.rows].to(device) * losses.sum(dim=1)).sum() / batch.loss_mask.sum()
+        loss, _losses = document_losses(model, batch, weights=factors[step.rows].to(device) / batch.loss_mask.sum())
         if not torch.isfinite(loss):
             raise ValueError(
                 f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected a "
@@ -167,7 +166,8 @@ def mean_loss(model: nn.Module, documents: Documents, *, batch_tokens: int = 409
     """Mean loss over all predicted tokens of `documents`, in nats per token."""
     device = next(model.parameters()).device
     total = sum(
-        token_losses(model, batch.to(device)).double().sum().item() for batch in batches(documents, batch_tokens=batch_tokens)
+        document_losses(model, batch.to(device))[1].double().sum().item()
+        for batch in batches(documents, batch_tokens=batch_tokens)
     )
     return total / int(documents.num_loss_tokens.sum())
 

@@ -1,8 +1,6 @@
-import numpy as np
 import pytest
 import torch
 
-from tda.capture import token_costs, token_losses
 from tda.data import batches, make_batch
 from tda.gradients import gradient_rows, project_queries, query_gradients
 from tda.model import tracked_layers
@@ -76,25 +74,3 @@ def test_training_mode_is_refused():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         query_gradients(model, layers, batches(documents, batch_tokens=24), measurement="loss")
-
-
-def test_margins_and_log_probabilities_are_costs():
-    model, documents = tiny_llama(), random_documents()
-    batch = make_batch(documents, range(5))
-    p = (-token_losses(model, batch)).exp().detach()
-    margin = token_costs(model, batch, measurement="margin").detach()
-    expected = torch.where(batch.loss_mask, -torch.log(p / (1 - p)), 0.0)
-    torch.testing.assert_close(margin, expected)
-    torch.testing.assert_close(
-        token_costs(model, batch, measurement="log_probability").detach(), torch.where(batch.loss_mask, -torch.log(p), 0.0)
-    )
-
-
-def test_sampled_labels_follow_the_model():
-    from tda.capture import sample_labels
-
-    logits = torch.tensor([0.0, 1.0, 2.0]).log_softmax(0).expand(200, 100, 3)
-    drawn = sample_labels(logits, generator=torch.Generator().manual_seed(0)).flatten()
-    share = np.bincount(drawn.numpy(), minlength=3) / len(drawn)
-    p = logits[0, 0].exp().numpy()
-    assert np.all(np.abs(share - p) < 4 * np.sqrt(p * (1 - p) / len(drawn)))  # four standard errors

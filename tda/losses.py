@@ -1,0 +1,141 @@
+"""Losses of documents under a model, and what they are differentiated from.
+
+Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed. The last token of
+a row predicts nothing and is not run.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tda.data import Batch
+from tda.model import plain_head
+
+Labels = Literal["true", "sampled"]
+Measurement = Literal["loss", "margin", "log_probability"]
+
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}  # of logits; on a CPU those of a small vocabulary stay in the cache
+
+
+def document_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    weights: Float[Tensor, " batch"] | None = None,
+    labels: Labels = "true",
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
+    """The sum over documents of `weights` (default 1) times the loss, to be differentiated; and every document's loss.
+
+    A loss is the cross-entropy of the predictions that count, summed over the document, in nats. With sampled labels it is that
+    of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
+    which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
+    """
+    places = batch.loss_mask.flatten().nonzero()[:, 0]
+    targets = batch.tokens[:, 1:].flatten()[places]
+    uniform = None
+    if labels == "sampled":
+        uniform = torch.rand(len(places), generator=generator, device=places.device)
+    w = batch.loss_mask.new_ones(len(places), dtype=torch.float32)
+    if weights is not None:
+        w = weights[places // batch.loss_mask.shape[1]]
+    head = plain_head(model)
+    if head is None or head._forward_hooks:  # where something listens to the head, it has to be called
+        logits = at_least_float32(_logits(model, batch).flatten(0, 1)[places])
+        losses = logit_losses(logits, targets, uniform)
+        total = (w * losses).sum()
+    else:
+        hidden = model.base_model(input_ids=batch.tokens[:, :-1], use_cache=False).last_hidden_state
+        W = head.weight if torch.is_grad_enabled() else head.weight.detach()
+        total, losses = _HeadLosses.apply(hidden.flatten(0, 1).index_select(0, places), W, targets, uniform, w)
+    spread = losses.new_zeros(batch.loss_mask.shape).masked_scatter_(batch.loss_mask, losses.detach())
+    return total, spread.sum(dim=1)
+
+
+def document_costs(
+    model: nn.Module, batch: Batch, *, weights: Float[Tensor, " batch"], measurement: Measurement
+) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
+    """As `document_losses`, of a measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
+    if measurement in ("loss", "log_probability"):
+        return document_losses(model, batch, weights=weights)
+    logits = at_least_float32(_logits(model, batch))
+    targets = batch.tokens[:, 1:, None]
+    right = logits.gather(2, targets)[..., 0]
+    others = logits.scatter(2, targets, -torch.inf).logsumexp(dim=2)  # log of the sum over every other token
+    costs = ((others - right) * batch.loss_mask).sum(dim=1)
+    return (weights * costs).sum(), costs.detach()
+
+
+def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch prediction vocabulary"]:
+    return model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
+
+
+def logit_losses(
+    logits: Float[Tensor, "row vocabulary"], targets: Int[Tensor, " row"], uniform: Float[Tensor, " row"] | None
+) -> Float[Tensor, " row"]:
+    """Cross-entropy of `targets`, or, with `uniform`, of the labels it draws, in nats."""
+    labels = targets if uniform is None else draw(logits.detach().softmax(dim=1), uniform)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def draw(p: Float[Tensor, "row vocabulary"], uniform: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """A label per row from the probabilities `p`, at the quantile that `uniform` names."""
+    summed = p.cumsum(dim=1)
+    labels = torch.searchsorted(summed, (uniform * summed[:, -1])[:, None].to(p.dtype), right=True)
+    return labels[:, 0].clamp_(max=p.shape[1] - 1)
+
+
+def head_losses(
+    h: Float[Tensor, "row d"],
+    W: Float[Tensor, "vocabulary d"],
+    targets: Int[Tensor, " row"],
+    uniform: Float[Tensor, " row"] | None,
+    w: Float[Tensor, " row"],
+    *,
+    differentiate: tuple[bool, bool],
+) -> tuple[Float[Tensor, " row"], Float[Tensor, "row d"] | None, Float[Tensor, "vocabulary d"] | None]:
+    """`logit_losses` of `h W^T`, and the gradients of their sum weighted by `w`, in `h` and in `W`, as `differentiate` asks.
+
+    Gradients are taken while a block of logits is at hand, which is then forgotten: half the time of autograd's on all of them at
+    once, a seventh with sampled labels (benchmarks/head_losses_keep_up.py).
+    """
+    of_h, of_W = differentiate
+    dh, dW = torch.empty_like(h) if of_h else None, at_least_float32(torch.zeros_like(W)) if of_W else None
+    losses = at_least_float32(h.new_empty(len(h), 0)).new_empty(len(h))
+    rows = ROWS_AT_ONCE["cuda" if h.is_cuda else "cpu"]
+    for start in range(0, len(h), rows):
+        block = slice(start, start + rows)
+        log_p = at_least_float32(h[block] @ W.T).log_softmax(dim=1)
+        labels = (targets[block] if uniform is None else draw(log_p.exp(), uniform[block]))[:, None]
+        losses[block] = -log_p.gather(1, labels)[:, 0]
+        Ds = log_p.exp_().scatter_add_(1, labels, log_p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
+        if of_h:
+            dh[block] = w[block, None] * (Ds @ W)
+        if of_W:
+            dW += Ds.T @ (w[block, None] * h[block]).to(h.dtype)
+    return losses, dh, dW if dW is None else dW.to(W.dtype)
+
+
+class _HeadLosses(torch.autograd.Function):
+    """`head_losses` for autograd: their weighted sum, and the losses, of which no gradient is had."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, W: Tensor, targets: Tensor, uniform: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor]:
+        losses, dh, dW = head_losses(h, W, targets, uniform, w, differentiate=ctx.needs_input_grad[:2])
+        ctx.mark_non_differentiable(losses)
+        ctx.save_for_backward(dh, dW)
+        return (w * losses).sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor, _of_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        dh, dW = ctx.saved_tensors
+        return None if dh is None else g * dh, None if dW is None else g * dW, None, None, None
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32, or in float64 if they are: reductions over data are never narrower."""
+    return values if values.dtype == torch.float64 else values.float()
