@@ -3,9 +3,11 @@
 What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name), the
 optimizer state in `optimizer.pt` without unpickling code, and the learning rates logged in the last state, interpolated between
 log entries. Which documents were in which batch is not recorded there: every document is taken to have been seen equally often,
-SOURCE's own assumption.
+SOURCE's own assumption. Nor is it recorded whether gradients were clipped: for SGD, whose steps grow with the gradient,
+the learning rates are taken as if they were not (AdamW's steps do not depend on the gradient's length).
 """
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tda.artifacts import Workspace, read_json, whole, write_json, write_table
-from tda.checkpoints import architecture_digest
+from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
 from tda.model import load_model, num_parameters
@@ -48,11 +50,11 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     with whole(workspace.checkpoints) as part:
         part.mkdir()
         for index, (step, folder) in enumerate(chosen):
-            model = load_model(folder)
+            before, model = model, load_model(folder)
+            _check_architecture(folder, model, before)
+            check_fits(model, documents, origin=str(folder))
             target = part / str(index)
-            shutil.copytree(
-                folder, target / "model", ignore=lambda _folder, names: [name for name in names if not _is_model(name)]
-            )
+            _copy_model(folder, target / "model", model)
             optimizer = _copy_optimizer(folder, target, model)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
@@ -115,6 +117,22 @@ def interpolate_rates(log_history: list[dict], num_steps: int) -> np.ndarray:
     return np.interp(np.arange(1, num_steps + 1), steps, [logged[step] for step in steps])
 
 
+def _check_architecture(folder: Path, model: nn.Module, before: nn.Module | None) -> None:
+    if before is not None and architecture_digest(model) != architecture_digest(before):
+        raise ValueError(
+            f"train.run: {folder} is a checkpoint of another architecture than the ones before it; expected checkpoints of one "
+            "run; move those of other runs elsewhere"
+        )
+
+
+def _copy_model(folder: Path, target: Path, model: nn.Module) -> None:
+    """The model's files; weights in a format other than safetensors are written as that."""
+    if any(folder.glob("*.safetensors")):
+        shutil.copytree(folder, target, ignore=lambda _folder, names: [name for name in names if not _is_model(name)])
+    else:
+        model.save_pretrained(target)
+
+
 def _is_model(name: str) -> bool:
     return name.endswith((".safetensors", ".json")) and not name.startswith(("trainer_state", "training_args"))
 
@@ -124,17 +142,23 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module) -> dict[str, A
     path = folder / "optimizer.pt"
     if not path.exists():
         return {}
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = _load_optimizer(path)
     names = parameter_order(model)
-    state = {names[number]: values for number, values in saved["state"].items() if number < len(names)}
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if numbers != list(range(len(names))):
+        raise ValueError(
+            f"train.run: {path} is for {len(numbers)} parameters, the model has {len(names)}; expected the optimizer of this "
+            "model with no parameter frozen, saved by the Trainer; or remove the file and set curvature.adam to none"
+        )
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    for name, values in state.items():
+    for number, values in saved["state"].items():
+        name = names[number]
         for kind, value in values.items():
             if isinstance(value, Tensor):
                 if value.ndim and value.shape != shapes[name]:
                     raise ValueError(
-                        f"{path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; "
+                        f"train.run: {path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; "
                         "expected the optimizer of this model, its parameters in the Trainer's order (decayed ones first)"
                     )
                 tensors[f"{kind}.{name}"] = value.contiguous()
@@ -146,11 +170,24 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module) -> dict[str, A
             "momentum": 0.0,
             "beta2": group["betas"][1],
             "epsilon": group["eps"],
-            "weight_decay": group["weight_decay"],
+            "weight_decay": float(group["weight_decay"]),
         }
     if "momentum" in group:
-        return {"optimizer": "sgd", "momentum": group["momentum"], "weight_decay": group["weight_decay"]}
-    raise ValueError(f"{path}: an optimizer with settings {sorted(group)}; expected AdamW or SGD, whose dynamics SOURCE follows")
+        return {"optimizer": "sgd", "momentum": float(group["momentum"]), "weight_decay": float(group["weight_decay"])}
+    raise ValueError(
+        f"train.run: {path}: an optimizer with settings {sorted(set(group) - {'params'})}; expected AdamW or SGD, whose dynamics "
+        "SOURCE follows"
+    )
+
+
+def _load_optimizer(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise FileNotFoundError(
+            f"train.run: {path} cannot be read: {str(error).splitlines()[0]}; expected a whole file of tensors as a Trainer "
+            "saves it; copy it again, or remove it and set curvature.adam to none"
+        ) from error
 
 
 def parameter_order(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tda.artifacts import Workspace, existing, read_json
+from tda.data import Documents
 from tda.model import Layer, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
 
@@ -28,6 +29,28 @@ def weights_digest(folder: Path) -> str:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
+    """Refuse documents whose tokens or whose length the model (of `origin`) has no place for.
+
+    Raises:
+        ValueError: they were tokenised for another model, or are too long.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max(int(row.max()) for row in documents.tokens)
+    if largest >= vocabulary:
+        raise ValueError(
+            f"{origin}: the model knows {vocabulary} tokens, the documents have the token {largest}; expected documents in this "
+            "model's tokens; set prepare.tokenizer to its tokenizer's folder (empty: the one beside train.model)"
+        )
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = int(documents.lengths.max())
+    if room is not None and longest > room:
+        raise ValueError(
+            f"{origin}: the model has room for {room} tokens, the longest document has {longest}; set prepare.context to {room} "
+            "or fewer"
+        )
 
 
 def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:

@@ -252,7 +252,7 @@ def _gc(options: argparse.Namespace) -> int:
 
     removed = collect_garbage(Workspace(options.root), dry_run=options.dry_run)
     for item in removed:
-        print(f"{'would remove' if options.dry_run else 'removed'} {item}")
+        print(item)
     if not removed:
         print("nothing to remove")
     return OK

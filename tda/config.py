@@ -89,6 +89,15 @@ class Train(Section):
             raise ValueError(f"checkpoints must be 0, 1, ..., C - 1 in order; got {self.checkpoints}")
         return self
 
+    @model_validator(mode="after")
+    def _run_has_a_base_model(self):
+        if self.run and self.model == "llama":
+            raise ValueError(
+                "with train.run, train.model is the model that the run started from: its tokenizer reads the documents, and "
+                "retraining starts from it; expected its folder or hub id; got llama"
+            )
+        return self
+
 
 class Segments(Section):
     """How checkpoints are assigned to training segments."""
@@ -234,6 +243,8 @@ def _explain(problem: dict, origin: str) -> str:
         return f"{origin}: unknown key {key}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"{origin}: {key} is missing; every key must be set, the shipped params.yaml has all of them"
+    if problem["type"] == "value_error":
+        return f"{origin}: {key}: {problem['ctx']['error']}"
     return f"{origin}: {key}: {problem['msg']}; got {problem.get('input')!r}"
 
 

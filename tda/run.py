@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tda.artifacts import Workspace, remove, whole, write_json, write_table
-from tda.checkpoints import architecture_digest
+from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
 from tda.model import build_model, load_model, num_parameters
@@ -49,6 +49,7 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     """
     torch.set_num_threads(1)  # sums on several threads are taken in another order
     model = initial_model(recipe, vocabulary=tokenizer_size(workspace), context=context, seed=recipe.seed).to(device)
+    check_fits(model, documents, origin=f"train.model: {recipe.model}")
     lengths = stage_lengths(documents, recipe)
     steps = schedule(documents, recipe, seed=recipe.seed, lengths=lengths)
     stage_ends = [sum(lengths[: index + 1]) for index in range(len(lengths)) if lengths[index]]
