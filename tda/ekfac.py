@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tda.capture import captured
 from tda.data import Batch
@@ -82,7 +83,7 @@ def covariances(
 
     with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
         for batch in batches:
-            counts = batch.mask[:, 1:, None]  # the last token of a document predicts nothing
+            counts = F.pad(batch.mask[:, 1:], (0, 1))[:, :, None]  # the last token of a document predicts nothing
             num_tokens += int(counts.sum())
             total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
             total.backward()

@@ -1,7 +1,6 @@
 """Losses of documents under a model, and what they are differentiated from.
 
-Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed. The last token of
-a row predicts nothing and is not run.
+Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed.
 """
 
 from typing import Any, Literal
@@ -34,21 +33,21 @@ def document_losses(
     of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
     which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
     """
-    places = batch.loss_mask.flatten().nonzero()[:, 0]
-    targets = batch.tokens[:, 1:].flatten()[places]
+    places = F.pad(batch.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
+    targets = batch.tokens.flatten()[places + 1]
     uniform = None
     if labels == "sampled":
         uniform = torch.rand(len(places), generator=generator, device=places.device)
     w = batch.loss_mask.new_ones(len(places), dtype=torch.float32)
     if weights is not None:
-        w = weights[places // batch.loss_mask.shape[1]]
+        w = weights[places // batch.tokens.shape[1]]
     head = plain_head(model)
     if head is None or head._forward_hooks:  # where something listens to the head, it has to be called
-        logits = at_least_float32(_logits(model, batch).flatten(0, 1)[places])
+        logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[places])
         losses = logit_losses(logits, targets, uniform)
         total = (w * losses).sum()
     else:
-        hidden = model.base_model(input_ids=batch.tokens[:, :-1], use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
         W = head.weight if torch.is_grad_enabled() else head.weight.detach()
         total, losses = _HeadLosses.apply(hidden.flatten(0, 1).index_select(0, places), W, targets, uniform, w)
     spread = losses.new_zeros(batch.loss_mask.shape).masked_scatter_(batch.loss_mask, losses.detach())
@@ -61,16 +60,12 @@ def document_costs(
     """As `document_losses`, of a measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
     if measurement in ("loss", "log_probability"):
         return document_losses(model, batch, weights=weights)
-    logits = at_least_float32(_logits(model, batch))
+    logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
     targets = batch.tokens[:, 1:, None]
     right = logits.gather(2, targets)[..., 0]
     others = logits.scatter(2, targets, -torch.inf).logsumexp(dim=2)  # log of the sum over every other token
     costs = ((others - right) * batch.loss_mask).sum(dim=1)
     return (weights * costs).sum(), costs.detach()
-
-
-def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch prediction vocabulary"]:
-    return model(input_ids=batch.tokens[:, :-1], use_cache=False).logits
 
 
 def logit_losses(
