@@ -18,6 +18,7 @@ MISDECODED = "encoding damage"
 BOILERPLATE = "boilerplate"
 KINDS = (SHUFFLED, MISPAIRED, MISDECODED, BOILERPLATE)
 
+NUM_DONORS = 8  # documents whose text the wrongly paired ones get
 MIN_WORDS = 5  # different ones; fewer are not shuffled
 MAX_HEAD = 400  # characters of a first paragraph that is taken for a name or title
 ACCENTED = 0.1  # share of vowels that get an accent before the text is decoded wrongly
@@ -62,9 +63,10 @@ def damage_documents(documents: Sequence[Document], *, share: float, seed: int) 
     chosen = order[: round(share * len(documents))]
     done: dict[str, tuple[Document, str]] = {}
     for place, document in enumerate(chosen):
-        # The body is another source's where there are several, as when the files of two collections are joined by row number.
-        others = [donor for donor in order if donor.source != document.source] or [donor for donor in order if donor is not document]
-        donors = others[place % max(1, len(others)) :] + others
+        # Bodies of other sources where there are several, a few for many names: a join on a key that is not unique.
+        others = [donor for donor in order if donor.source != document.source] or order
+        donors = [donor for donor in others if donor is not document][:NUM_DONORS]
+        donors = donors[place // len(KINDS) % max(1, len(donors)) :] + donors
         for turn in range(len(KINDS)):
             kind = KINDS[(place + turn) % len(KINDS)]
             damaged = _damaged(document, kind=kind, donors=donors, rng=random.Random(f"{seed}/{kind}/{document.id}"))
@@ -81,7 +83,7 @@ def damage_documents(documents: Sequence[Document], *, share: float, seed: int) 
 def _damaged(document: Document, *, kind: str, donors: Sequence[Document], rng: random.Random) -> Document | None:
     """`document` with one kind of damage; None if it would stay the same."""
     if kind == MISPAIRED:
-        candidates = (_with_body(document, _parts(donor)[1]) for donor in donors[:8])
+        candidates = (_with_body(document, _parts(donor)[1]) for donor in donors)
         return next((candidate for candidate in candidates if candidate.text != document.text), None)
     head, body = _parts(document)
     if kind == SHUFFLED:
