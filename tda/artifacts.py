@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PROBE_BYTES = 1 << 16  # more than a file's last block has room for
 
 
 @dataclass(frozen=True)
@@ -197,17 +201,33 @@ def whole(path: Path) -> Iterator[Path]:
         if path.is_dir():
             remove(path)
         part.replace(path)
-    except OSError as error:
+    except Exception as error:
+        code = _full_disk(error, part)
         remove(part)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if code:
             raise OSError(
-                error.errno,
-                f"no space left while writing {path}; nothing was lost: free some space and run the same command again",
+                code, f"no space left while writing {path}; nothing was lost: free some space and run the same command again"
             ) from error
         raise
     except BaseException:
         remove(part)
         raise
+
+
+def _full_disk(error: Exception, part: Path) -> int:
+    """The number of the system's error if `error` comes from a full disk, else 0.
+
+    Libraries in other languages name the number in their message, or lose it; then another write to the file tells.
+    """
+    named = re.search(r"os error (\d+)", str(error))
+    code = (error.errno if isinstance(error, OSError) else None) or (int(named[1]) if named else 0)
+    if not code and part.is_file():
+        try:
+            with part.open("ab", buffering=0) as file:
+                file.write(bytes(PROBE_BYTES))
+        except OSError as refused:
+            code = refused.errno or 0
+    return code if code in FULL else 0
 
 
 def remove(path: Path) -> None:
@@ -225,8 +245,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *, stage: str) -> Any:
-    """The value in `path`, which `stage` makes."""
-    return json.loads(existing(path, stage=stage).read_text(encoding="utf-8"))
+    """The value in `path`, which `stage` makes.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(existing(path, stage=stage).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(damaged(path, error, stage=stage)) from error
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:
@@ -236,8 +263,23 @@ def write_table(path: Path, table: pl.DataFrame) -> None:
 
 
 def read_table(path: Path, *, stage: str, columns: list[str] | None = None) -> pl.DataFrame:
-    """The table in `path`, which `stage` makes."""
-    return pl.read_parquet(existing(path, stage=stage), columns=columns)
+    """The table in `path`, which `stage` makes.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return pl.read_parquet(existing(path, stage=stage), columns=columns)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(damaged(path, error, stage=stage)) from error
+
+
+def damaged(path: Path, error: Exception, *, stage: str) -> str:
+    """What to say of a file that cannot be read, and which `stage` makes."""
+    return (
+        f"{path} cannot be read: {str(error).splitlines()[0]}; expected the whole file that stage {stage} wrote; run "
+        f"`dvc checkout {path}`, or `dvc repro --force {stage}`"
+    )
 
 
 def existing(path: Path, *, stage: str) -> Path:

@@ -17,13 +17,13 @@ from torch import Tensor
 from tda.artifacts import Workspace, existing, only_run, read_table
 from tda.clean import long_enough, without_copies
 from tda.config import Config
-from tda.data import Documents, as_documents
+from tda.data import as_documents
 from tda.gradient_log import log_rows
 from tda.ingest import content_hash
 from tda.parallel import num_workers
 from tda.prepare import closes_documents, document_table, read_source
 from tda.scores import Dot
-from tda.scoring import Attribution, load_attribution, query_blocks, store_dot
+from tda.scoring import Attribution, load_attribution, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
 
 PART = "mixed"  # of new documents: training has not seen them, so nothing depends on it
@@ -134,11 +134,3 @@ def _with_new(
         return np.concatenate([*rows, new_dot(checkpoint, queries)])
 
     return replace(attribution, exposure=exposure), dot
-
-
-def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: Dot) -> np.ndarray:
-    """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
-    weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
-    return sum(
-        weights[rows] @ attribution.source(query, dot)[0] for query, rows in query_blocks(config, workspace, attribution, queries)
-    )

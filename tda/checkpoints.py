@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tda.artifacts import Workspace, existing, read_json
+from tda.artifacts import Workspace, damaged, existing, read_json
 from tda.data import Documents
 from tda.model import Layer, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
@@ -89,7 +90,10 @@ def preconditioner(
                 "set), or set curvature.adam to none: scores are then those of an SGD run and rank documents far worse (on an "
                 "AdamW-trained classifier the rank correlation with real retraining fell from .44 to .17)"
             )
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(damaged(path, error, stage="train")) from error
         modules = linear_modules(load_checkpoint(workspace, index))
         for layer in layers:
             module = modules[layer.name]

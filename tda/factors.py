@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tda.artifacts import existing, whole
+from tda.artifacts import damaged, existing, whole
 from tda.data import Documents, batch_plan, make_batch
 from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
 from tda.model import Layer, tracked_layers
@@ -200,9 +200,12 @@ def save_factors(path: Path, factors: SegmentFactors) -> None:
 
 def load_factors(path: Path) -> SegmentFactors:
     """The factors in `path`; a missing file is refused with FileNotFoundError."""
-    with safe_open(existing(path, stage="curvature"), "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    try:
+        with safe_open(existing(path, stage="curvature"), "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ValueError(damaged(path, error, stage="curvature")) from error
     layers = [Layer(**values) for values in json.loads(metadata["layers"])]
 
     def held(kind: str) -> dict[str, EKFAC]:

@@ -4,30 +4,36 @@ import textwrap
 
 import numpy as np
 import torch
-import xxhash
 
-from tda.artifacts import Workspace, read_table
+from tda.artifacts import Workspace, existing, read_table
 from tda.config import Config
-from tda.data import Documents, load_documents
-from tda.scoring import load_attribution, query_blocks, store_dot
+from tda.data import Documents, as_documents, load_documents
+from tda.ingest import Document
+from tda.prepare import document_table
+from tda.scoring import load_attribution, source_scores, store_dot
+from tda.tokens import encode_documents, load_tokenizer
 
 EXCERPT = 240  # characters
+UNITS = {
+    "loss": "rise of the text's mean loss per token (nats)",
+    "margin": "fall of the text's mean margin log(p / (1 - p)) per token",
+    "log_probability": "fall of the text's mean log-probability per token (nats)",
+}
 
 
 def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) -> dict:
     """The `top` most helpful and most harmful training documents for `text`: rank, score, id, source, excerpt.
 
-    A score is the predicted rise of the text's mean loss per token (nats) had the document been left out.
+    A score is the predicted rise of the text's mean loss per token (nats) had the document been left out, or the fall of another
+    measurement; of a text longer than the context, over all its parts.
     A text that is empty, or has too few tokens to predict any, is refused with ValueError.
     """
     torch.set_num_threads(1)
     documents = load_documents(workspace.documents)
-    query = _as_document(text, config=config, workspace=workspace)
+    query = _as_documents(text, config=config, workspace=workspace)
     attribution = load_attribution(config, workspace, documents)
     dot = store_dot(workspace, attribution, documents.ids)
-    values = np.zeros(len(documents))
-    for gradients, _rows in query_blocks(config, workspace, attribution, query):
-        values += attribution.source(gradients, dot)[0].sum(axis=0)
+    values = source_scores(config, workspace, attribution, query, dot)
     order = np.argsort(-values, kind="stable")
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"]
 
@@ -47,30 +53,21 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
         "text": text,
         "num_tokens": int(query.num_loss_tokens.sum()),
         "num_documents": len(documents),
-        "unit": "predicted rise of the text's mean loss per token (nats) had the document been left out of training",
+        "unit": f"predicted {UNITS[config.scores.measurement]} had the document been left out of training",
         "helped": told(order[:top]),
         "hurt": told(order[::-1][:top]),
     }
 
 
-def _as_document(text: str, *, config: Config, workspace: Workspace) -> Documents:
-    from transformers import AutoTokenizer
-
+def _as_documents(text: str, *, config: Config, workspace: Workspace) -> Documents:
+    """The text as `prepare` would tokenise it; a long one in parts."""
     if not text.strip():
         raise ValueError("query: the text is empty; give some words, or a file that has some with --file")
-    tokenizer = AutoTokenizer.from_pretrained(workspace.tokenizer)
-    start = [token for token in (tokenizer.bos_token_id,) if token is not None]
-    tokens = (start + tokenizer(text, add_special_tokens=False)["input_ids"])[: config.prepare.context]
-    if len(tokens) < 2:
-        raise ValueError(f"query: {text!r} is {len(tokens)} token; expected at least two, so that one predicts the other")
-    return Documents(
-        ids=["query"],
-        sources=["query"],
-        parts=["mixed"],
-        content_hashes=[xxhash.xxh3_128_hexdigest(text.encode())],
-        tokens=[np.array(tokens, dtype=np.int32)],
-        loss_starts=np.array([1]),
-    )
+    tokenizer = load_tokenizer(str(existing(workspace.tokenizer, stage="prepare")))
+    rows = encode_documents([Document("query", "query", text)], tokenizer, context=config.prepare.context, end=False).rows
+    if not rows:
+        raise ValueError(f"query: {text!r} is too few tokens; expected at least two, so that one predicts the other")
+    return as_documents(document_table(rows))
 
 
 def render(answered: dict) -> str:

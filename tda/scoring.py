@@ -59,9 +59,9 @@ class Attribution:
         """SOURCE values (query, document), and the share of each segment's response that the projection keeps."""
         layers = self.factors[0].layers
         if self.projected:
-            query = rotated_query(query, layers, self.projections[0])
-            return source_values(
-                query,
+            rotated = rotated_query(query, layers, self.projections[0])
+            values, kept = source_values(
+                rotated,
                 self.dynamics,
                 self.segments,
                 layers=layers,
@@ -69,9 +69,15 @@ class Attribution:
                 exposure=self.exposure,
                 dot=dot,
             )
+            inside = _squared_norm(rotated) / _squared_norm(query)  # no more than this is known of any segment's response
+            return values, [share * inside for share in kept]
         return source_values(
             query, self.dynamics, self.segments, layers=layers, projections=self.projections, exposure=self.exposure, dot=dot
         )
+
+
+def _squared_norm(query: Gradients) -> float:
+    return sum(part.square().sum().item() for part in query.values())
 
 
 def _identity(projection: Projection) -> Projection:
@@ -128,6 +134,14 @@ def query_blocks(
         held = (batch.to(device) for batch in batches(part, batch_tokens=config.gradients.batch_tokens))
         gradients, order = query_gradients(model, layers, held, measurement=config.scores.measurement)
         yield {name: G.cpu() for name, G in gradients.items()}, [start + row for row in order]
+
+
+def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: Dot) -> np.ndarray:
+    """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
+    weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
+    return sum(
+        weights[rows] @ attribution.source(query, dot)[0] for query, rows in query_blocks(config, workspace, attribution, queries)
+    )
 
 
 def score_documents(config: Config, workspace: Workspace) -> Scored:

@@ -165,30 +165,13 @@ class GradientTable:
         masks = [np.array([doc in known for doc in of_batch]) for of_batch in ids]
         new = [_select(batch, ~mask) for batch, mask in zip(batches, masks, strict=True) if not mask.all()]
         changed = [_select(batch, mask) for batch, mask in zip(batches, masks, strict=True) if mask.any()]
-        with self._clear_when_full():
+        with _clear_when_full(self.store, self.name, self._dataset):
             if new:
                 self._dataset = lance.write_dataset(iter(new), self._dataset, schema=new[0].schema, mode="append")
             if changed:
                 merge = self._dataset.merge_insert("doc_id").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.RecordBatchReader.from_batches(changed[0].schema, changed))
         self._known = known.union(*ids)
-
-    @contextlib.contextmanager
-    def _clear_when_full(self) -> Iterator[None]:
-        """Make Lance's error of a full disk one that says what to do, and remove the unfinished files."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            code = next((code for code in FULL if f"(os error {code})" in str(error)), None)
-            if code is None:
-                raise
-            with contextlib.suppress(OSError, RuntimeError):
-                _clean(self._dataset)
-            raise OSError(
-                code,
-                f"no space left while writing {self.store}/{self.name}; the rows committed before are safe: "
-                "free some space and run the same command again",
-            ) from error
 
     def seal(self, documents: Sequence[tuple[str, str]], **also: Any) -> dict[str, Any]:
         """The manifest of the rows of `documents` (id, content hash), at a tag that readers open; `also` is put into it.
@@ -205,7 +188,7 @@ class GradientTable:
                 f"{self.name}: {len(lacking)} of {len(documents)} documents have no row of their present content, "
                 f"{lacking[0]} first; expected a row each: run `dvc repro gradients@{self.checkpoint}`"
             )
-        with self._clear_when_full():
+        with _clear_when_full(self.store, self.name, self._dataset):
             self._compact()
             digest = self.digest([doc for doc, _ in documents])
             tag = f"run-{digest[:12]}"
@@ -306,7 +289,8 @@ def open_table(store: Path, *, checkpoint: int, segment: int, identity: dict[str
         import lancedb
 
         store.mkdir(parents=True, exist_ok=True)
-        lancedb.connect(store).create_table(name, schema=schema(identity))
+        with _clear_when_full(store, name):
+            lancedb.connect(store).create_table(name, schema=schema(identity))
     dataset = lance.dataset(path)
     _check_identity(path, checkpoint, stored=_stored_identity(dataset), expected=identity)
     _clean(dataset)
@@ -402,6 +386,25 @@ def _short(value: Any) -> str:
 
 
 # versions and left-overs
+
+
+@contextlib.contextmanager
+def _clear_when_full(store: Path, name: str, dataset: Any = None) -> Iterator[None]:
+    """Make Lance's error of a full disk one that says what to do, and remove the unfinished files."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        code = next((code for code in FULL if f"(os error {code})" in str(error)), None)
+        if code is None:
+            raise
+        if dataset is not None:
+            with contextlib.suppress(OSError, RuntimeError):
+                _clean(dataset)
+        raise OSError(
+            code,
+            f"no space left while writing {store}/{name}; the rows committed before are safe: "
+            "free some space and run the same command again",
+        ) from error
 
 
 def _clean(dataset: Any) -> None:
