@@ -110,7 +110,7 @@ def test_the_rest_of_the_pipeline_and_a_verdict(toy):
     run(config, workspace, "curation", "retraining", "evaluation", "report")
     manifest = pl.read_parquet(workspace.manifest)
     dropped = int((~manifest["keep"]).sum())
-    assert 0 < dropped <= len(manifest) / 10
+    assert 0 < dropped <= config.curation.drop * len(manifest)
     assert len(pl.read_parquet(workspace.curated)) == len(manifest) - dropped
     runs = pl.read_parquet(workspace.retraining)
     assert runs.group_by("arm").len().sort("arm").rows() == [("all", 2), ("curated", 2), ("random", 2)]
