@@ -149,7 +149,7 @@ def test_an_error_is_one_message_without_a_traceback(folder, arguments, message)
 
 def test_an_unknown_key_is_refused(folder):
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("  drop: 0.1", "  drop: 0.1\n  drip: 1"))
+    (folder / "params.yaml").write_text(text.replace("curation:\n", "curation:\n  drip: 1\n"))
     result = run("prepare")
     assert result.returncode == cli.FAILED
     assert "unknown key curation.drip; known here: action, drop" in result.stderr
