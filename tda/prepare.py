@@ -196,7 +196,9 @@ def _tokenizer(documents: list[Document], *, config: Prepare, model: str) -> tup
     """The tokenizer, and whether it is one trained here, of which an end-of-text token closes each document."""
     if closes_documents(config, model=model):
         return train_tokenizer((one.text for one in documents), vocabulary=config.vocabulary), True
-    return load_tokenizer(config.tokenizer or model), False
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer), False
+    return load_tokenizer(model, key="train.model"), False
 
 
 def closes_documents(config: Prepare, *, model: str) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from tda.ingest import Document
 from tda.parallel import progress_is_shown
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 MIN_PART = 8  # tokens below which the last part of a long document is dropped
 DOCUMENTS_AT_ONCE = 1000  # encoded together
 
@@ -61,8 +63,8 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
     )
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local folder or of a model on the hub.
+def load_tokenizer(name: str, *, key: str = "prepare.tokenizer") -> Any:
+    """The tokenizer of a local folder or of a model on the hub, named by `key` of `params.yaml`.
 
     Raises:
         ValueError: there is none, or it is one that cannot say which characters a token stands for.
@@ -70,16 +72,18 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
+            raise FileNotFoundError(f"the folder has none of {', '.join(VOCABULARY_FILES)}")  # else an empty one would be made
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
-            f"prepare.tokenizer: no tokenizer in {name!r}: {type(error).__name__}: {error}; expected a folder with "
+            f"{key}: no tokenizer in {name!r}: {type(error).__name__}: {error}; expected a folder with "
             "tokenizer.json, or a model that the hub or its local cache has; where the hub is out of reach, copy the tokenizer's "
             "files into a folder and set prepare.tokenizer to it"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(
-            f"prepare.tokenizer: {name!r} does not say where its tokens lie in the text: expected a fast tokenizer, with "
+            f"{key}: {name!r} does not say where its tokens lie in the text: expected a fast tokenizer, with "
             "tokenizer.json; convert it and save it with save_pretrained"
         )
     return tokenizer

@@ -370,3 +370,12 @@ def test_documents_in_the_tokens_of_another_model_are_refused(gpt2, tmp_path):
 def test_a_base_model_is_wanted(tmp_path):
     with pytest.raises(ValueError, match=r"toy: train: with train\.run, train\.model is the model that the run started from"):
         toy_config(tmp_path, train__run="output")
+
+
+def test_a_model_folder_without_a_tokenizer_is_named_by_its_key(gpt2, tmp_path):
+    write_corpus(tmp_path)
+    shutil.copytree(gpt2.workspace.root / "base", tmp_path / "base")
+    for path in (tmp_path / "base").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"train\.model: no tokenizer in .*base.*expected a folder with tokenizer\.json"):
+        run_stages(toy_config(tmp_path, train__model=str(tmp_path / "base")), Workspace(tmp_path), "prepare")
