@@ -58,7 +58,7 @@ def draw_by_part(
     part: Callable[[Item], str],
     salt: str,
 ) -> tuple[list[Item], list[Item]]:
-    """`draw` with fair shares of the parts of training first, and of the sources within each: both stages have enough to learn from."""
+    """`draw` with fair shares of the parts of training first, and of the sources within each: both stages have enough left."""
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         groups[part(item)].append(item)

@@ -58,12 +58,14 @@ def documents_of(source: str | bytes, tmp_path: Path) -> dict[str, str]:
 
 def test_a_document_per_public_object_without_importing(tmp_path):
     assert documents_of(SOURCE, tmp_path) == {
-        "things.boxes": "things.boxes\n\nA module about boxes.\n\nIt opens and closes them.\n\nParameters\n----------\nnone : of them",
+        "things.boxes": "things.boxes\n\nA module about boxes.\n\nIt opens and closes them.\n\n"
+        "Parameters\n----------\nnone : of them",
         "things.boxes.Box": "things.boxes.Box\n\nA box with a lid; it is closed at first.",
         "things.boxes.Box.open": "things.boxes.Box.open(lid, *, gently=True, **others)\n\n"
         "Open the box, and raise an error if it is open already.\n\n:param lid: which lid",
         "things.boxes.Box.size": "things.boxes.Box.size()\n\nSize in \\metres.",
-        "things.boxes.conditional": "things.boxes.conditional(a, b=1, *rest, c=(1, 2))\n\nFound below a condition.\n\nArgs:\n    a: it",
+        "things.boxes.conditional": "things.boxes.conditional(a, b=1, *rest, c=(1, 2))\n\n"
+        "Found below a condition.\n\nArgs:\n    a: it",
     }
 
 
