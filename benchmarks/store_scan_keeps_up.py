@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tda.store import Rows, dot_scores, open_table
 from tda.stored_rows import row_scales
 
 DIM, NUM_QUERIES, REPEATS = 7168, 64, 5
+DEFAULT_MEGABYTES = 256
 
 
 def made_rows(num_rows: int) -> Rows:
@@ -46,7 +47,8 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main(megabytes: int) -> None:
+def main(arguments: Sequence[str]) -> None:
+    megabytes = int(arguments[0]) if arguments else DEFAULT_MEGABYTES
     num_rows = megabytes * 2**20 // (2 * DIM)
     rows = made_rows(num_rows)
     folder = Path(tempfile.mkdtemp(prefix="store-scan-"))
@@ -136,4 +138,4 @@ def measure(rows: Rows, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 256)
+    main(sys.argv[1:])
