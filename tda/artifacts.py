@@ -159,8 +159,13 @@ class Workspace:
         return self._at("evaluation", "verdict.json")
 
     @property
+    def summary(self) -> Path:
+        """The few metrics that `dvc metrics show` prints (JSON)."""
+        return self._at("evaluation", "summary.json")
+
+    @property
     def metrics(self) -> Path:
-        """Metrics that `dvc metrics show` prints (JSON)."""
+        """All metrics (JSON)."""
         return self._at("evaluation", "metrics.json")
 
     @property

@@ -74,13 +74,26 @@ def evaluate(
 
 
 def write_evaluation(evaluation: Evaluation, workspace: Workspace) -> None:
-    """Write `verdict.json`, `metrics.json` and the folder of CSV files."""
+    """Write `verdict.json`, `metrics.json`, its summary and the folder of CSV files."""
     with whole(workspace.plots) as part:
         part.mkdir()
         for name, table in evaluation.plots.items():
             table.write_csv(part / f"{name}.csv")
     write_json(workspace.metrics, evaluation.metrics)
+    write_json(workspace.summary, summarise(evaluation.metrics))
     write_json(workspace.verdict, evaluation.verdict)
+
+
+def summarise(metrics: dict) -> dict:
+    """What fits one screen of `dvc metrics show`: verdict, counts, gains, and how well each method finds the damage."""
+    damage = metrics.get("damage", {}).get("methods", {})
+    return {
+        "accepted": metrics["accepted"],
+        "dropped": metrics["curation"]["num_dropped"],
+        "target": {name: ends["target_loss"]["mean"] for name, ends in metrics["difference"].items()},
+        "general": {name: ends["general_loss"]["mean"] for name, ends in metrics["difference"].items()},
+        "damage_auc": {method: found["auc"] for method, found in damage.items()},
+    }
 
 
 # The verdict

@@ -7,7 +7,7 @@ from scipy import stats
 
 from tda.artifacts import Workspace
 from tda.config import Evaluation as Rule
-from tda.evaluate import evaluate, paired_comparison, roc_auc, score_histogram, t_interval, write_evaluation
+from tda.evaluate import evaluate, paired_comparison, roc_auc, score_histogram, summarise, t_interval, write_evaluation
 
 TARGET_SOURCES = ["s1"]
 RULE = Rule(confidence=0.95, max_general_loss_increase=0.02)
@@ -208,3 +208,11 @@ def test_files_are_written_whole_and_the_same_twice(tmp_path):
     assert json.loads(workspace.metrics.read_text())["difference"]["curated_minus_all"]["target_loss"]["mean"] == pytest.approx(
         -0.1
     )
+
+
+def test_the_summary_is_a_screen_of_the_metrics():
+    evaluation = judged(retraining(target=-0.1), damage=truth([0, 1, 2]))
+    summary = summarise(evaluation.metrics)
+    assert summary["target"]["curated_minus_all"] == evaluation.metrics["difference"]["curated_minus_all"]["target_loss"]["mean"]
+    assert summary["damage_auc"]["source"] == evaluation.metrics["damage"]["methods"]["source"]["auc"]
+    assert summarise(judged(retraining(target=-0.1)).metrics)["damage_auc"] == {}
