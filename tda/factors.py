@@ -193,7 +193,8 @@ def save_factors(path: Path, factors: SegmentFactors) -> None:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ValueError(f"curvature: {bad[0]} is not finite; likely the checkpoint has diverged: look at the training loss")
-    metadata = {"layers": json.dumps([asdict(layer) for layer in factors.layers]), "num_documents": str(factors.num_documents)}
+    facts = {"layers": [asdict(layer) for layer in factors.layers], "num_documents": factors.num_documents}
+    metadata = {"factors": json.dumps(facts)}  # one key: safetensors writes several in an order that changes from run to run
     with whole(path) as part:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
 
@@ -202,11 +203,11 @@ def load_factors(path: Path) -> SegmentFactors:
     """The factors in `path`; a missing file is refused with FileNotFoundError."""
     try:
         with safe_open(existing(path, stage="curvature"), "pt") as file:
-            metadata = file.metadata()
+            facts = json.loads(file.metadata()["factors"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ValueError(damaged(path, error, stage="curvature")) from error
-    layers = [Layer(**values) for values in json.loads(metadata["layers"])]
+    layers = [Layer(**values) for values in facts["layers"]]
 
     def held(kind: str) -> dict[str, EKFAC]:
         return {
@@ -229,5 +230,5 @@ def load_factors(path: Path) -> SegmentFactors:
             for layer in layers
             if f"P_o.{layer.name}" in tensors
         },
-        num_documents=int(metadata["num_documents"]),
+        num_documents=facts["num_documents"],
     )
