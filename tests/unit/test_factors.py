@@ -16,7 +16,7 @@ def some_factors() -> SegmentFactors:
 
 
 def test_factors_come_back_and_equal_factors_are_equal_bytes(tmp_path):
-    """Twelve writes: with two keys of metadata, whose order changes from write to write, all would agree once in two thousand times."""
+    """Twelve writes: two keys of metadata, in an order of chance, would all agree once in two thousand times."""
     factors = some_factors()
     written = []
     for number in range(12):
