@@ -119,9 +119,6 @@ def fit_factors(
 
         return list(parallel_map(one, parts, workers=workers, description=description))
 
-    def basis_of(sums: Covariances) -> dict[str, tuple[Tensor, Tensor]]:
-        return eigenbasis(sums, layers)
-
     sums = functools.reduce(
         Covariances.__add__,
         run(
@@ -130,7 +127,7 @@ def fit_factors(
             1,
         ),
     )
-    basis = basis_of(sums)
+    basis = eigenbasis(sums, layers)
     rotated = (
         basis
         if chosen is None

@@ -161,12 +161,12 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     shape = (len(queries), len(documents))
     values = {name: np.zeros(shape) for name in ("source", "ekfac_influence", "gradient_dot", "gradient_cosine")}
     kept = np.zeros(len(attribution.segments))
+    unit = len(documents) * last.tokens_per_document
     for query, rows in query_blocks(config, workspace, attribution, queries):
         values["source"][rows], kept_here = attribution.source(query, dot)
         kept += np.array(kept_here) * len(rows) / len(queries)
         at_end = rotated_query(query, layers, projections) if attribution.projected else query
         conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
-        unit = len(documents) * last.tokens_per_document
         plain = project_queries(query, layers, projections)
         if attribution.projected:
             influence = torch.cat([conditioned[layer.name].flatten(1) for layer in layers], dim=1)

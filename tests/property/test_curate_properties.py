@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from tda.config import Curation
 from tda.curate import curate, drop_limit
+from tests.unit.test_curate import settings
 
 rows = st.lists(
     st.tuples(
@@ -23,19 +23,6 @@ def table(drawn: list) -> pl.DataFrame:
     ids = [f"{number:02}" for number in range(len(drawn))]
     sources, scores = zip(*drawn, strict=True)
     return pl.DataFrame({"doc_id": ids, "content_hash": ids, "source": sources, "score": scores})
-
-
-def settings(**changes) -> Curation:
-    values = {
-        "action": "drop",
-        "method": "source",
-        "drop": 0.5,
-        "threshold": None,
-        "max_share_per_source": 1.0,
-        "min_weight": 0.5,
-        "max_weight": 2.0,
-    }
-    return Curation(**{**values, **changes})
 
 
 def dropped(manifest: pl.DataFrame) -> set[str]:
