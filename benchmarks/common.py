@@ -15,7 +15,7 @@ from torch import nn
 
 from tda.artifacts import Workspace
 from tda.config import Architecture, Config, load_config
-from tda.data import Batch, Documents, batch_plan, load_documents, make_batch
+from tda.data import Batch, Documents, batch_plan, load_documents
 from tda.losses import document_losses
 from tda.model import build_model
 
@@ -75,7 +75,7 @@ def made_documents(chosen: argparse.Namespace) -> Documents:
 
 def made_batches(documents: Documents, chosen: argparse.Namespace) -> list[Batch]:
     plan = batch_plan(documents.lengths, batch_tokens=chosen.batch_tokens)
-    return [make_batch(documents, rows).to(chosen.device) for rows in plan]
+    return [documents.batch(rows).to(chosen.device) for rows in plan]
 
 
 def frozen_pass(model: nn.Module, batch: Batch) -> None:

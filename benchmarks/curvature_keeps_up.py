@@ -27,6 +27,7 @@ from benchmarks.common import (
 from tda.config import load_config
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
 from tda.model import tracked_layers
+from tda.task import CausalLM
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,14 +42,16 @@ def main(arguments: Sequence[str]) -> None:
     def generator() -> torch.Generator:
         return torch.Generator(chosen.device).manual_seed(0)
 
-    sums = covariances(model, layers, batches, generator=generator())
+    sums = covariances(model, layers, batches, task=CausalLM(), generator=generator())
     basis = eigenbasis(sums, layers)
     check(model, layers, batches, basis, sums)
     actions = {
         "reference": lambda: [frozen_pass(model, batch) for batch in batches],
         "lean_reference": lambda: [lean_pass(model, batch) for batch in batches],
-        "covariances": lambda: covariances(model, layers, batches, generator=generator()),
-        "eigenvalues": lambda: corrected_eigenvalues(model, layers, batches, basis=basis, weights=weights, generator=generator()),
+        "covariances": lambda: covariances(model, layers, batches, task=CausalLM(), generator=generator()),
+        "eigenvalues": lambda: corrected_eigenvalues(
+            model, layers, batches, task=CausalLM(), basis=basis, weights=weights, generator=generator()
+        ),
     }
     flops = {name: count(action) for name, action in actions.items()}
     spent = in_turns(actions, rounds=chosen.rounds, device=chosen.device)

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.common import ROOT, facts, in_turns, made_documents, made_model, options, speed
 from tda.config import load_config
-from tda.data import make_batch
 from tda.losses import head_losses
 from tda.train import Step, make_optimizer, train
 
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     recipe = config.train
     documents = made_documents(chosen)
     size = recipe.batch_size
-    batches = [make_batch(documents, range(start, start + size)).to(chosen.device) for start in range(0, STEPS * size, size)]
+    batches = [documents.batch(range(start, start + size)).to(chosen.device) for start in range(0, STEPS * size, size)]
     rows = sum(int(batch.loss_mask.sum()) for batch in batches) // STEPS
     generator = torch.Generator(chosen.device).manual_seed(0)
     h = torch.randn(rows, chosen.hidden_size, generator=generator, device=chosen.device)

@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.common import facts, frozen_pass, in_turns, lean_pass, made_batches, made_documents, made_model, options, speed
 from tda.config import load_config
-from tda.data import make_batch
 from tda.gradients import gradient_rows
 from tda.model import layer_matrix, linear_modules, tracked_layers
 from tda.projection import Projection, random_projections
 from tda.store import open_table
 from tda.stored_rows import Rows
+from tda.task import CausalLM
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
     def computed(batch) -> tuple[np.ndarray, np.ndarray]:
-        rows, losses = gradient_rows(model, layers, batch, projections=projections)
+        rows, losses = gradient_rows(model, layers, batch, task=CausalLM(), projections=projections)
         return rows.float().cpu().numpy(), losses.float().cpu().numpy()
 
     def stored(batch) -> Rows:
@@ -77,11 +77,11 @@ def check(model, layers, documents, projections) -> float:
     """The largest difference of a row from the projection of autograd's gradient, as a share of the row's norm."""
     modules = linear_modules(model)
     device = next(model.parameters()).device
-    batch = make_batch(documents, range(3)).to(device)
-    rows, _losses = gradient_rows(model, layers, batch, projections=projections)
+    batch = documents.batch(range(3)).to(device)
+    rows, _losses = gradient_rows(model, layers, batch, task=CausalLM(), projections=projections)
     errors = []
     for place in range(3):
-        alone = make_batch(documents, [place]).to(device)
+        alone = documents.batch([place]).to(device)
         model.zero_grad()
         log_p = model(input_ids=alone.tokens, use_cache=False).logits[:, :-1].log_softmax(dim=2)
         (-(log_p.gather(2, alone.tokens[:, 1:, None])[..., 0] * alone.loss_mask)).sum().backward()

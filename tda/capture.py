@@ -1,7 +1,7 @@
 """Inputs and pseudo-gradients of every tracked layer during one backward pass. The only file with hooks.
 
-All parameters are frozen and the pass is differentiated with respect to the input embeddings alone, so that no weight gradient
-is ever formed.
+All parameters are frozen. What the pass is differentiated with respect to are the outputs of the layers that nothing before them
+depends on, so that no weight gradient is ever formed, nor anything below the first tracked layer.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from tda.model import Layer, plain_head
+from tda.model import Layer, input_view, layer_inputs, layer_outputs, plain_head
 
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
@@ -19,9 +19,10 @@ Consume = Callable[[Layer, Tensor | None, Tensor], None]
 def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consume: Consume) -> Iterator[None]:
     """Inside the block, every backward pass hands over each layer's input and pseudo-gradient.
 
-    `encode(layer, a)` gets the input `a` (batch, token, inputs), once for all layers that share it (`layer` is the first of
+    `encode(layer, a)` gets the input `a` (batch, position, inputs), once for all layers that share it (`layer` is the first of
     them), and returns what is to be kept of it, for all of them, until the backward pass reaches the layer.
-    `consume(layer, kept, Ds)` then gets that and the gradient `Ds` (batch, token, d_out) at the layer's output.
+    `consume(layer, kept, Ds)` then gets that and the gradient `Ds` (batch, position, d_out) at the layer's output. Positions are
+    those of `model.layer_inputs`.
 
     Raises:
         ValueError: the model is in training mode, where dropout would make every gradient wrong.
@@ -32,28 +33,30 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in layers}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    latest: tuple[Tensor | None, bool, Tensor | None] = (None, False, None)
+    latest: tuple[Tensor | None, tuple, Tensor | None] = (None, (), None)
 
-    def on_input(layer: Layer, a: Tensor) -> Tensor | None:
+    def on_input(layer: Layer, module: nn.Module, a: Tensor) -> Tensor | None:
         nonlocal latest
-        if latest[0] is not a or latest[1] != layer.bias:
-            latest = (a, layer.bias, encode(by_name[layer.group], a.detach()))
+        view = input_view(module)
+        if latest[0] is not a or latest[1] != view:
+            latest = (a, view, encode(by_name[layer.group], layer_inputs(module, a.detach())))
         return latest[2]
 
     def on_layer(layer: Layer) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            kept = on_input(layer, inputs[0])
-            if output.requires_grad:
-                output.register_hook(lambda Ds: consume(layer, kept, Ds))
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            kept = on_input(layer, module, inputs[0])
+            if not output.requires_grad:
+                output = output.requires_grad_().clone()  # a copy, since what follows may work in place, on no leaf
+            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, Ds)))
+            return output
 
         return hook
 
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
         nonlocal latest
-        latest = (None, False, None)
+        latest = (None, (), None)
 
-    handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, output: output.requires_grad_())]
-    handles += [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
+    handles = [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
     handles += [module.register_forward_hook(release) for module in {model, getattr(model, "base_model", model)}]
     model.requires_grad_(False)
     try:

@@ -1,4 +1,8 @@
-"""Documents as token rows, and batches of them with their masks."""
+"""Training data as the engine sees it: documents as token rows, or plain tensors, and batches of either.
+
+A batch has `rows` (row numbers), `counts` (example, position), true where an activation can matter to a loss, and `sizes`
+(example), the terms of each example in the training loss, which is a mean over terms: predicted tokens of a document, else 1.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,6 +15,7 @@ import torch
 import xxhash
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from tda.artifacts import read_table
 
@@ -46,6 +51,18 @@ class Documents:
         """Predictions of every document that count in the loss."""
         return self.lengths - self.loss_starts
 
+    def batch(self, rows: Sequence[int]) -> "Batch":
+        """The documents in `rows`, padded on the right to the longest."""
+        lengths = np.array([len(self.tokens[row]) for row in rows])
+        tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+        for place, row in enumerate(rows):
+            tokens[place, : lengths[place]] = self.tokens[row]
+        at = np.arange(tokens.shape[1])
+        mask = at < lengths[:, None]
+        predicted = at[1:]
+        loss_mask = (predicted >= self.loss_starts[np.asarray(rows)][:, None]) & (predicted < lengths[:, None])
+        return Batch(list(rows), torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(loss_mask))
+
     def select(self, rows: Sequence[int] | np.ndarray) -> "Documents":
         """The documents in `rows`, in that order."""
         return Documents(
@@ -67,9 +84,78 @@ class Batch:
     mask: Bool[Tensor, "batch token"]
     loss_mask: Bool[Tensor, "batch prediction"]  # of the prediction of token t + 1 at place t
 
+    @property
+    def counts(self) -> Bool[Tensor, "batch token"]:
+        """Every token but a document's last one, which predicts nothing."""
+        return F.pad(self.mask[:, 1:], (0, 1))
+
+    @property
+    def sizes(self) -> Int[Tensor, " batch"]:
+        """Predictions that count."""
+        return self.loss_mask.sum(dim=1)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`."""
         return Batch(self.rows, self.tokens.to(device), self.mask.to(device), self.loss_mask.to(device))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training data of any model whose input and target are one tensor each, the example being their first axis."""
+
+    x: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or not len(self.x):
+            raise ValueError(f"examples: {len(self.x)} inputs and {len(self.y)} targets; expected equally many, at least one")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """What `batch_plan` counts of an example: 1."""
+        return np.ones(len(self), dtype=np.int64)
+
+    @property
+    def num_loss_tokens(self) -> np.ndarray:
+        """Terms of every example in the training loss: 1."""
+        return np.ones(len(self), dtype=np.int64)
+
+    def batch(self, rows: Sequence[int]) -> "TensorBatch":
+        """The examples in `rows`."""
+        return TensorBatch(list(rows), self.x[list(rows)], self.y[list(rows)])
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Examples":
+        """The examples in `rows`, in that order."""
+        return Examples(self.x[list(rows)], self.y[list(rows)])
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """A few `Examples`."""
+
+    rows: list[int]
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device | str) -> "TensorBatch":
+        """The batch on `device`."""
+        return TensorBatch(self.rows, self.x.to(device), self.y.to(device))
+
+    @property
+    def counts(self) -> Bool[Tensor, "batch 1"]:
+        """Every activation of an example can matter."""
+        return torch.ones(len(self.rows), 1, dtype=torch.bool, device=self.x.device)
+
+    @property
+    def sizes(self) -> Int[Tensor, " batch"]:
+        """One term each."""
+        return torch.ones(len(self.rows), dtype=torch.int64, device=self.x.device)
+
+
+Data = Documents | Examples
 
 
 def load_documents(path: Path, *, half: str | None = None) -> Documents:
@@ -100,19 +186,6 @@ def as_documents(table: pl.DataFrame) -> Documents:
     )
 
 
-def make_batch(documents: Documents, rows: Sequence[int]) -> Batch:
-    """The documents in `rows`, padded on the right to the longest."""
-    lengths = np.array([len(documents.tokens[row]) for row in rows])
-    tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
-    for place, row in enumerate(rows):
-        tokens[place, : lengths[place]] = documents.tokens[row]
-    at = np.arange(tokens.shape[1])
-    mask = at < lengths[:, None]
-    predicted = at[1:]
-    loss_mask = (predicted >= documents.loss_starts[np.asarray(rows)][:, None]) & (predicted < lengths[:, None])
-    return Batch(list(rows), torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(loss_mask))
-
-
 def batch_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list[list[int]]:
     """Row numbers of batches of at most `batch_tokens` padded tokens, longest documents first.
 
@@ -130,7 +203,7 @@ def batch_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> lis
     return plan
 
 
-def batches(documents: Documents, *, batch_tokens: int) -> Iterator[Batch]:
-    """All documents in batches of similar length, longest first."""
-    for rows in batch_plan(documents.lengths, batch_tokens=batch_tokens):
-        yield make_batch(documents, rows)
+def batches(data: Data, *, batch_tokens: int) -> Iterator[Batch | TensorBatch]:
+    """All of `data` in batches of similar length, longest first."""
+    for rows in batch_plan(data.lengths, batch_tokens=batch_tokens):
+        yield data.batch(rows)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tda.capture import captured
-from tda.data import Batch
-from tda.losses import at_least_float32, document_losses
+from tda.data import Batch, TensorBatch
+from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.projection import Projection, append_one, encode_inputs
 from tda.spectral import SpectralFn
+from tda.task import Task
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def _merged(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tenso
 def covariances(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TensorBatch],
     *,
+    task: Task,
     generator: torch.Generator,
     projections: dict[str, Projection] | None = None,
 ) -> Covariances:
-    """Sums of the covariances over all tokens that a loss can depend on, in float32, with sampled labels.
+    """Sums of the covariances over all positions that a loss can depend on, in float32, with sampled labels.
 
     With `projections`, those of the projected inputs and pseudo-gradients.
     """
@@ -83,9 +84,9 @@ def covariances(
 
     with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
         for batch in batches:
-            counts = F.pad(batch.mask[:, 1:], (0, 1))[:, :, None]  # the last token of a document predicts nothing
+            counts = batch.counts[:, :, None]
             num_tokens += int(counts.sum())
-            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Covariances(A, S, num_tokens)
 
@@ -125,8 +126,9 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
 def corrected_eigenvalues(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TensorBatch],
     *,
+    task: Task,
     basis: dict[str, tuple[Tensor, Tensor]],
     weights: Float[Tensor, " document"],
     generator: torch.Generator,
@@ -150,6 +152,6 @@ def corrected_eigenvalues(
         for batch in batches:
             w = weights[batch.rows]
             num_documents += len(batch.rows)
-            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Lambda, num_documents

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tda.artifacts import damaged, existing, whole
-from tda.data import Documents, batch_plan, make_batch
+from tda.data import Data, batch_plan
 from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
 from tda.model import Layer, tracked_layers
 from tda.parallel import parallel_map
 from tda.preconditioner import LayerCurvature, plain, scalar, scaled_eigenbasis, scaled_factors
 from tda.projection import Projection, random_projections
+from tda.task import Task
 
 NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
 
@@ -85,8 +86,9 @@ def _leading(Q: Tensor, eigenvalues: Tensor, rank: int) -> Tensor:
 def fit_factors(
     checkpoints: Sequence[str | int],
     load: Callable[[str | int], nn.Module],
-    documents: Documents,
+    data: Data,
     *,
+    task: Task,
     pattern: str,
     weight: float,
     P: dict[str, Tensor],
@@ -99,13 +101,15 @@ def fit_factors(
 ) -> SegmentFactors:
     """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
 
-    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on a document's summed
-    token loss. With `projections`, everything happens in projected space. Parts of the documents are done in parallel on the CPU.
+    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
+    loss. With `projections`, everything happens in projected space. Parts of the data are done in parallel on the CPU.
     """
-    layers = tracked_layers(load(checkpoints[-1]).to(device), pattern)
+    layers = tracked_layers(
+        load(checkpoints[-1]).to(device), pattern, probe=lambda model: task.losses(model, data.batch([0]).to(device))
+    )
     chosen = projections(layers) if projections else None
-    plan = batch_plan(documents.lengths, batch_tokens=batch_tokens)
-    weights = torch.full((len(documents),), weight, device=device)
+    plan = batch_plan(data.lengths, batch_tokens=batch_tokens)
+    weights = torch.full((len(data),), weight, device=device)
     parts = [(checkpoint, shard) for checkpoint in checkpoints for shard in range(NUM_SHARDS)]
     cached = functools.lru_cache(maxsize=1)(lambda checkpoint: load(checkpoint).to(device))
 
@@ -114,7 +118,7 @@ def fit_factors(
             checkpoint, shard = part
             number = checkpoints.index(checkpoint) * NUM_SHARDS + shard
             generator = torch.Generator(device).manual_seed((seed * 8 + salt) * 2**20 + number)
-            batches = (make_batch(documents, rows).to(device) for rows in plan[shard::NUM_SHARDS])
+            batches = (data.batch(rows).to(device) for rows in plan[shard::NUM_SHARDS])
             return work(cached(checkpoint), batches, generator)
 
         return list(parallel_map(one, parts, workers=workers, description=description))
@@ -122,7 +126,9 @@ def fit_factors(
     sums = functools.reduce(
         Covariances.__add__,
         run(
-            lambda model, batches, generator: covariances(model, layers, batches, generator=generator, projections=chosen),
+            lambda model, batches, generator: covariances(
+                model, layers, batches, task=task, generator=generator, projections=chosen
+            ),
             "covariances",
             1,
         ),
@@ -136,7 +142,7 @@ def fit_factors(
     plain_Lambda = _mean_eigenvalues(
         run(
             lambda model, batches, generator: corrected_eigenvalues(
-                model, layers, batches, basis=rotated, weights=weights, generator=generator
+                model, layers, batches, task=task, basis=rotated, weights=weights, generator=generator
             ),
             "eigenvalues",
             2,
@@ -148,14 +154,14 @@ def fit_factors(
 
         def fit_scaled(basis: dict | None):
             return lambda model, batches, generator: scaled_factors(
-                model, layers, batches, root_P=root_P, basis=basis, weights=weights, generator=generator
+                model, layers, batches, task=task, root_P=root_P, basis=basis, weights=weights, generator=generator
             )
 
         scaled_sums = functools.reduce(Covariances.__add__, (part for part, _ in run(fit_scaled(None), "scaled covariances", 3)))
         scaled_basis = scaled_eigenbasis(scaled_sums, layers)
         parts_Lambda = [(Lambda, part.num_tokens) for part, Lambda in run(fit_scaled(scaled_basis), "scaled eigenvalues", 4)]
         scaled = _factors(scaled_basis, _mean_eigenvalues(parts_Lambda))
-    return SegmentFactors(layers, _factors(basis, plain_Lambda), scaled, P, chosen or {}, len(documents))
+    return SegmentFactors(layers, _factors(basis, plain_Lambda), scaled, P, chosen or {}, len(data))
 
 
 def _mean_eigenvalues(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:

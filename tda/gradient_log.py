@@ -8,7 +8,7 @@ import xxhash
 from tda.artifacts import Workspace
 from tda.checkpoints import load_checkpoint, weights_digest
 from tda.config import Config
-from tda.data import Documents, batch_plan, make_batch
+from tda.data import Documents, batch_plan
 from tda.dynamics import load_segments
 from tda.factors import SegmentFactors, load_factors
 from tda.gradients import gradient_rows
@@ -16,6 +16,7 @@ from tda.parallel import device_of, num_workers, worker_pool
 from tda.projection import Projection
 from tda.store import open_table
 from tda.stored_rows import Rows
+from tda.task import CausalLM
 
 
 def segment_projections(config: Config, factors: SegmentFactors) -> dict[str, Projection]:
@@ -56,7 +57,9 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     model = load_checkpoint(workspace, checkpoint).to(device)
 
     def rows_of(batch_rows: list[int]) -> tuple[list[int], np.ndarray, np.ndarray]:
-        rows, losses = gradient_rows(model, factors.layers, make_batch(documents, batch_rows).to(device), projections=projections)
+        rows, losses = gradient_rows(
+            model, factors.layers, documents.batch(batch_rows).to(device), task=CausalLM(), projections=projections
+        )
         return batch_rows, rows.float().cpu().numpy(), losses.float().cpu().numpy()
 
     dim = sum(held.size for held in projections.values())

@@ -1,4 +1,4 @@
-"""Per-document gradients: LoGra rows for the store, full gradients of a few queries."""
+"""Gradients of single examples: LoGra rows for the store, full gradients of a few queries."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,16 +7,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda.capture import captured
-from tda.data import Batch
-from tda.losses import Measurement, document_costs, document_losses
+from tda.data import Batch, TensorBatch
 from tda.model import Layer
 from tda.projection import Projection, append_one, encode_inputs
+from tda.task import Task
 
 
 def gradient_rows(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, *, projections: dict[str, Projection]
+    model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task, projections: dict[str, Projection]
 ) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
-    """The projected gradients `P_o^T G P_i` of every document's summed token loss, layers side by side; its mean loss (nats)."""
+    """The projected gradients `P_o^T G P_i` of every example's summed loss, layers side by side; its mean loss per term."""
     rows: dict[str, Tensor] = {}
 
     def project_inputs(layer: Layer, a: Tensor) -> Tensor:
@@ -26,18 +26,15 @@ def gradient_rows(
         rows[layer.name] = torch.bmm((Ds @ projections[layer.name].P_o).mT, projected).flatten(1)
 
     with captured(model, layers, encode=project_inputs, consume=add_rows):
-        total, losses = document_losses(model, batch)
+        total, losses = task.losses(model, batch)
         total.backward()
-    return torch.cat([rows[layer.name] for layer in layers], dim=1), losses / batch.loss_mask.sum(dim=1)
+    return torch.cat([rows[layer.name] for layer in layers], dim=1), losses / batch.sizes
 
 
 def query_gradients(
-    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch], *, measurement: Measurement
+    model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch | TensorBatch], *, task: Task
 ) -> tuple[dict[str, Float[Tensor, "query d_out d_in"]], list[int]]:
-    """The full gradient of every query's mean cost per token, by layer, and the queries' row numbers in their order.
-
-    A cost is lower where the model does better: the loss, minus the margin, or minus the log-probability.
-    """
+    """The full gradient of every query's mean cost per term, by layer, and the queries' row numbers in their order."""
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     order: list[int] = []
 
@@ -49,7 +46,7 @@ def query_gradients(
 
     with captured(model, layers, encode=keep_inputs, consume=add_gradients):
         for batch in batches:
-            total, _costs = document_costs(model, batch, weights=1 / batch.loss_mask.sum(dim=1), measurement=measurement)
+            total, _costs = task.costs(model, batch, weights=1 / batch.sizes)
             total.backward()
             order += batch.rows
     return {name: torch.cat(held) for name, held in gradients.items()}, order

@@ -1,13 +1,15 @@
-"""The language model: built or loaded, and which of its linear layers are tracked."""
+"""Models: language models built or loaded, and which linear layers of any model are tracked, seen as matrices."""
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tda.config import Architecture
 
@@ -73,21 +75,36 @@ def load_model(name: str | Path) -> nn.Module:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `Linear` and transformers `Conv1D` by name, except those that share the weight of an embedding."""
+    """Every `Linear`, transformers `Conv1D` and plain `Conv2d` by name, except those that share the weight of an embedding."""
     from transformers.pytorch_utils import Conv1D
 
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in embeddings
+        if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)) and id(module.weight) not in embeddings and _is_a_matrix(module)
     }
 
 
-def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
+def _is_a_matrix(module: nn.Module) -> bool:
+    """Whether the layer is one matrix acting on every position's inputs; a grouped convolution is not."""
+    return not isinstance(module, nn.Conv2d) or (
+        module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    )
+
+
+def run_few_tokens(model: nn.Module) -> None:
+    """Run a causal language model on a few tokens."""
+    device = next(model.parameters()).device
+    model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+
+
+def tracked_layers(
+    model: nn.Module, pattern: str = ".*", *, probe: Callable[[nn.Module], object] = run_few_tokens
+) -> list[Layer]:
     """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
 
-    A few tokens are run through the model to see which layers read the same input: it is projected once.
+    `probe` runs the model on anything, to see which layers are used, and which read the same input: it is projected once.
 
     Raises:
         ValueError: no layer matches, or one is used more than once, so that its gradient is not one outer product per token.
@@ -99,15 +116,15 @@ def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
             f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are "
             f"{', '.join(list(modules)[:8])}, ..."
         )
+    plain_head(model)  # what it has to run, it runs before there are hooks
     calls: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, args[0])))
         for name, module in chosen.items()
     ]
     try:
-        device = next(model.parameters()).device
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+            probe(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -119,12 +136,12 @@ def tracked_layers(model: nn.Module, pattern: str = ".*") -> list[Layer]:
             "weight and one use of their own; leave them out with the pattern curvature.layers"
         )
     layers: dict[str, Layer] = {}
-    leaders: dict[tuple[int, bool], str] = {}
+    leaders: dict[tuple, str] = {}
     for name, inputs in calls:
         module = chosen[name]
         bias = module.bias is not None
         d_in, d_out = weight_shape(module)
-        group = leaders.setdefault((id(inputs), bias), name)
+        group = leaders.setdefault((id(inputs), *input_view(module)), name)
         layers.setdefault(name, Layer(name, d_in + bias, d_out, bias, group))
     return list(layers.values())
 
@@ -164,15 +181,35 @@ def _probe_head(model: nn.Module) -> bool:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a `Linear` or `Conv1D`, whose weights are stored the other way round."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+    """Inputs and outputs of a layer as a matrix; those of a convolution are its patches' values."""
+    d_out, d_in = layer_matrix(module, module.weight, None).shape
+    return d_in, d_out
 
 
 def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A weight-shaped and a bias-shaped tensor as one (d_out, d_in) matrix, the bias as its last column."""
-    matrix = weight if isinstance(module, nn.Linear) else weight.T
+    matrix = weight.flatten(1) if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T  # Conv1D: the other way round
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
+
+
+def input_view(module: nn.Module) -> tuple:
+    """What decides, beside the input itself, how a layer sees it: layers that agree in both share one encoding."""
+    geometry = (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()
+    return (module.bias is not None, *geometry)
+
+
+def layer_inputs(module: nn.Module, a: Tensor) -> Tensor:
+    """A layer's input as (example, position, inputs): a position is a token, a patch of an image, or the whole example."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(a, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride).mT
+    return a[:, None] if a.ndim == 2 else a.flatten(1, -2)
+
+
+def layer_outputs(module: nn.Module, Ds: Tensor) -> Tensor:
+    """The gradient at a layer's output as (example, position, d_out)."""
+    if isinstance(module, nn.Conv2d):
+        return Ds.flatten(2).mT
+    return Ds[:, None] if Ds.ndim == 2 else Ds.flatten(1, -2)
 
 
 def num_parameters(model: nn.Module) -> int:

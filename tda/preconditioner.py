@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda.capture import captured
-from tda.data import Batch
+from tda.data import Batch, TensorBatch
 from tda.ekfac import EKFAC, Covariances, eigenbasis
-from tda.losses import at_least_float32, document_losses
+from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.projection import append_one
 from tda.spectral import segment_decay, segment_response
+from tda.task import Task
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def adam_preconditioner(second_moment: Float[Tensor, "..."], *, step: int, beta2
 def scaled_factors(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | TensorBatch],
     *,
+    task: Task,
     root_P: dict[str, Tensor],
     basis: dict[str, tuple[Tensor, Tensor]] | None,
     weights: Float[Tensor, " document"],
@@ -94,7 +96,7 @@ def scaled_factors(
         for batch in batches:
             w = weights[batch.rows]
             num_documents += len(batch.rows)
-            total, _losses = document_losses(model, batch, labels="sampled", generator=generator)
+            total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Covariances(A, S, num_documents), Lambda
 

@@ -24,6 +24,7 @@ from tda.scores import Dot, Scores, cosines, rotated_query, source_values
 from tda.segments import Segment
 from tda.source import Gradients, SegmentDynamics
 from tda.store import dot_scores, open_sealed
+from tda.task import CausalLM
 
 QUERY_VALUES = 1 << 27  # gradient values of the queries that are in memory at once
 
@@ -132,7 +133,7 @@ def query_blocks(
     for start in range(0, len(queries), size):
         part = queries.select(range(start, min(start + size, len(queries))))
         held = (batch.to(device) for batch in batches(part, batch_tokens=config.gradients.batch_tokens))
-        gradients, order = query_gradients(model, layers, held, measurement=config.scores.measurement)
+        gradients, order = query_gradients(model, layers, held, task=CausalLM(config.scores.measurement))
         yield {name: G.cpu() for name, G in gradients.items()}, [start + row for row in order]
 
 

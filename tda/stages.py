@@ -79,6 +79,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     from tda.model import tracked_layers
     from tda.parallel import device_of, num_workers
     from tda.projection import random_projections
+    from tda.task import CausalLM
 
     documents = load_documents(workspace.documents)
     segment = load_segments(workspace)[index]
@@ -106,6 +107,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
         segment.checkpoints,
         lambda checkpoint: load_checkpoint(workspace, checkpoint),
         documents.select(chosen),
+        task=CausalLM(),
         pattern=config.curvature.layers,
         weight=1 / segment.tokens_per_document,
         P=P,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tda.artifacts import read_json, whole, write_json
 from tda.config import Train
-from tda.data import Documents, batches, make_batch
+from tda.data import Documents, batches
 from tda.losses import document_losses
 
 
@@ -143,7 +143,7 @@ def train(
         torch.manual_seed(seed * 1_000_003 + step.number)  # dropout, where a model has it, does not depend on a restart
         for group in optimizer.param_groups:
             group["lr"] = step.learning_rate
-        batch = make_batch(documents, step.rows).to(device)
+        batch = documents.batch(step.rows).to(device)
         loss, _losses = document_losses(model, batch, weights=factors[step.rows].to(device) / batch.loss_mask.sum())
         if not torch.isfinite(loss):
             raise ValueError(

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from tda.data import batches, make_batch
+from tda.data import batches
 from tda.gradients import gradient_rows, project_queries, query_gradients
 from tda.model import tracked_layers
 from tda.projection import random_projections
+from tda.task import CausalLM
 from tests.helpers import dense_gradient, document_loss, random_documents, tiny_gpt2, tiny_llama
 
 MODELS = {"llama": tiny_llama, "llama untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
@@ -20,7 +21,7 @@ def doubled(projections):
 def test_query_gradients_are_those_of_autograd(build):
     model, documents = build(), random_documents()
     layers = tracked_layers(model)
-    gradients, order = query_gradients(model, layers, batches(documents, batch_tokens=24), measurement="loss")
+    gradients, order = query_gradients(model, layers, batches(documents, batch_tokens=24), task=CausalLM())
     assert sorted(order) == list(range(len(documents)))
     for place, row in enumerate(order):
         expected = dense_gradient(model, layers, document_loss(model, documents, row) / documents.num_loss_tokens[row])
@@ -33,7 +34,7 @@ def test_rows_are_projections_of_the_gradients_of_autograd(build):
     model, documents = build(), random_documents(loss_starts=[1, 2, 3, 1, 2])
     layers = tracked_layers(model)
     projections = doubled(random_projections(layers, rank=3, seed=0))
-    rows, losses = gradient_rows(model, layers, make_batch(documents, range(5)), projections=projections)
+    rows, losses = gradient_rows(model, layers, documents.batch(range(5)), task=CausalLM(), projections=projections)
     for row in range(5):
         loss = document_loss(model, documents, row)
         expected = project_queries(
@@ -47,9 +48,9 @@ def test_padding_and_batch_composition_change_nothing():
     model, documents = tiny_llama(), random_documents(6)
     layers = tracked_layers(model)
     projections = doubled(random_projections(layers, rank=4, seed=1))
-    together, _ = gradient_rows(model, layers, make_batch(documents, range(6)), projections=projections)
+    together, _ = gradient_rows(model, layers, documents.batch(range(6)), task=CausalLM(), projections=projections)
     for row in range(6):
-        alone, _ = gradient_rows(model, layers, make_batch(documents, [row]), projections=projections)
+        alone, _ = gradient_rows(model, layers, documents.batch([row]), task=CausalLM(), projections=projections)
         torch.testing.assert_close(together[row], alone[0])
 
 
@@ -73,4 +74,4 @@ def test_training_mode_is_refused():
     layers = tracked_layers(model)
     model.train()
     with pytest.raises(ValueError, match="training mode"):
-        query_gradients(model, layers, batches(documents, batch_tokens=24), measurement="loss")
+        query_gradients(model, layers, batches(documents, batch_tokens=24), task=CausalLM())

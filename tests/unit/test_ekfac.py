@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
-from tda.data import batches, make_batch
+from tda.data import batches
 from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
 from tda.model import tracked_layers
 from tda.preconditioner import LayerCurvature, adam_preconditioner, plain, scalar, scaled_factors
 from tda.projection import random_projections
 from tda.spectral import damped_inverse, segment_decay, segment_response
+from tda.task import CausalLM
 from tests.helpers import dense_fisher, random_documents, tiny_gpt2, tiny_llama
 from tests.unit.test_capture import doubled
 
@@ -46,13 +47,19 @@ def test_eigenvalues_are_the_diagonal_of_the_gauss_newton_matrix(build):
     layers = tracked_layers(model, r".*(k_proj|down_proj|mlp\.c_proj)")
     weight = 1 / float(documents.num_loss_tokens.mean())  # a mean over tokens
     generator = torch.Generator().manual_seed(0)
-    batch = make_batch(documents, [0, 1, 2])
-    basis = eigenbasis(covariances(model, layers, [batch] * 20, generator=generator), layers)
+    batch = documents.batch([0, 1, 2])
+    basis = eigenbasis(covariances(model, layers, [batch] * 20, task=CausalLM(), generator=generator), layers)
     rounds = 300
     draws = []
     for _ in range(rounds):
         sums, count = corrected_eigenvalues(
-            model, layers, [batch], basis=basis, weights=torch.full((3,), weight, dtype=torch.float64), generator=generator
+            model,
+            layers,
+            [batch],
+            task=CausalLM(),
+            basis=basis,
+            weights=torch.full((3,), weight, dtype=torch.float64),
+            generator=generator,
         )
         draws.append({name: Lambda / count for name, Lambda in sums.items()})
     fisher = dense_fisher(model, layers, documents, weight=weight)
@@ -75,10 +82,10 @@ def test_covariances_merge_and_do_not_depend_on_batches():
     layers = tracked_layers(model)
 
     def fit(batch_list):
-        return covariances(model, layers, batch_list, generator=torch.Generator().manual_seed(0))
+        return covariances(model, layers, batch_list, task=CausalLM(), generator=torch.Generator().manual_seed(0))
 
     whole = fit(list(batches(documents, batch_tokens=24)))
-    single = [fit([make_batch(documents, [row])]) for row in range(6)]
+    single = [fit([documents.batch([row])]) for row in range(6)]
     merged = single[0]
     for part in single[1:]:
         merged = merged + part
@@ -93,8 +100,8 @@ def test_projected_covariances_are_projections_of_full_ones():
     projections = doubled(random_projections(layers, rank=3, seed=0))
 
     def fit(chosen):
-        held = [make_batch(documents, range(4))]
-        return covariances(model, layers, held, generator=torch.Generator().manual_seed(0), projections=chosen)
+        held = [documents.batch(range(4))]
+        return covariances(model, layers, held, task=CausalLM(), generator=torch.Generator().manual_seed(0), projections=chosen)
 
     full, projected = fit(None), fit(projections)
     for layer in layers:
@@ -177,15 +184,22 @@ def test_adam_preconditioner_is_the_update_per_unit_of_gradient():
 def test_scaled_factors_with_unit_scale_are_the_plain_ones():
     model, documents = tiny_llama(), random_documents(4)
     layers = tracked_layers(model, r".*(q_proj|down_proj)")
-    batch = make_batch(documents, range(4))
+    batch = documents.batch(range(4))
     weights = torch.full((4,), 0.2, dtype=torch.float64)
-    basis = eigenbasis(covariances(model, layers, [batch], generator=torch.Generator().manual_seed(0)), layers)
+    basis = eigenbasis(covariances(model, layers, [batch], task=CausalLM(), generator=torch.Generator().manual_seed(0)), layers)
     ones = {layer.name: torch.ones(layer.d_out, layer.d_in, dtype=torch.float64) for layer in layers}
     expected, _ = corrected_eigenvalues(
-        model, layers, [batch], basis=basis, weights=weights, generator=torch.Generator().manual_seed(1)
+        model, layers, [batch], task=CausalLM(), basis=basis, weights=weights, generator=torch.Generator().manual_seed(1)
     )
     _, Lambda = scaled_factors(
-        model, layers, [batch], root_P=ones, basis=basis, weights=weights, generator=torch.Generator().manual_seed(1)
+        model,
+        layers,
+        [batch],
+        task=CausalLM(),
+        root_P=ones,
+        basis=basis,
+        weights=weights,
+        generator=torch.Generator().manual_seed(1),
     )
     for name, values in Lambda.items():
         torch.testing.assert_close(values, expected[name])

@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 
-from tda.data import make_batch
 from tda.losses import ROWS_AT_ONCE, document_costs, document_losses, draw, head_losses, logit_losses
 from tda.model import plain_head
 from tests.helpers import document_loss, random_documents, tiny_gpt2, tiny_llama
@@ -29,7 +28,7 @@ def scaled_llama() -> nn.Module:
 def test_losses_and_gradients_of_all_parameters_are_those_of_autograd(build):
     documents, model = random_documents(loss_starts=[1, 2, 3, 1, 2]), build()
     weights = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
-    total, losses = document_losses(model, make_batch(documents, range(5)), weights=weights)
+    total, losses = document_losses(model, documents.batch(range(5)), weights=weights)
     expected = torch.stack([document_loss(model, documents, row) for row in range(5)])
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(total, weights @ expected)
@@ -52,7 +51,7 @@ def test_a_head_that_is_listened_to_is_called():
     documents, model, heard = random_documents(), tiny_llama(), []
     plain_head(model)  # runs the model once
     model.lm_head.register_forward_hook(lambda *_: heard.append(1))
-    document_losses(model, make_batch(documents, range(5)))
+    document_losses(model, documents.batch(range(5)))
     assert heard == [1]
 
 
@@ -92,7 +91,7 @@ def test_a_narrow_model_has_losses_and_sums_in_float32():
 def test_nothing_is_differentiated_where_gradients_are_off():
     documents, model = random_documents(), tiny_llama()
     with torch.no_grad():
-        total, losses = document_losses(model, make_batch(documents, range(5)))
+        total, losses = document_losses(model, documents.batch(range(5)))
     assert not total.requires_grad
     torch.testing.assert_close(total, losses.sum())
 
@@ -102,7 +101,7 @@ def test_labels_do_not_depend_on_padding():
     order = np.argsort(documents.lengths).tolist()
 
     def losses_of(rows, generator):
-        return document_losses(model, make_batch(documents, rows), labels="sampled", generator=generator)[1]
+        return document_losses(model, documents.batch(rows), labels="sampled", generator=generator)[1]
 
     generator = torch.Generator().manual_seed(0)
     alone = torch.cat([losses_of([row], generator) for row in order])
@@ -111,7 +110,7 @@ def test_labels_do_not_depend_on_padding():
 
 def test_margins_and_log_probabilities_are_costs():
     model, documents = tiny_llama(), random_documents(loss_starts=[1, 2, 3, 1, 2])
-    batch = make_batch(documents, range(5))
+    batch = documents.batch(range(5))
     weights = torch.arange(5, dtype=torch.float64)
     p = model(input_ids=batch.tokens).logits[:, :-1].softmax(dim=2).gather(2, batch.tokens[:, 1:, None])[..., 0]
     for measurement, cost in {"margin": -torch.log(p / (1 - p)), "log_probability": -torch.log(p), "loss": -torch.log(p)}.items():

@@ -13,6 +13,7 @@ from tda.projection import Projection
 from tda.scores import source_values
 from tda.segments import Segment
 from tda.source import SegmentDynamics, walk_back
+from tda.task import CausalLM
 from tests.helpers import random_documents, tiny_gpt2, tiny_llama
 from tests.unit.test_ekfac import dense, preconditioned_dense, some_factors
 
@@ -45,10 +46,10 @@ def test_pipeline_equals_dense_matrices_on_a_language_model():
     for model in models:
         by_row = {}
         for batch in batches(documents, batch_tokens=24):
-            vectors, _ = gradient_rows(model, layers, batch, projections=eye)
+            vectors, _ = gradient_rows(model, layers, batch, task=CausalLM(), projections=eye)
             by_row |= dict(zip(batch.rows, vectors, strict=True))
         rows.append(torch.stack([by_row[row] for row in range(6)]))
-    query, order = query_gradients(models[-1], layers, batches(queries, batch_tokens=24), measurement="loss")
+    query, order = query_gradients(models[-1], layers, batches(queries, batch_tokens=24), task=CausalLM())
     exposure = np.random.default_rng(0).dirichlet(np.ones(6), size=2).T
     values, kept = source_values(
         query,
@@ -192,8 +193,8 @@ def test_project_queries_has_the_layout_of_rows():
         layer.name: Projection(torch.eye(layer.d_in, dtype=torch.float64), torch.eye(layer.d_out, dtype=torch.float64))
         for layer in layers
     }
-    query, order = query_gradients(model, layers, batches(documents, batch_tokens=99), measurement="loss")
-    rows, _ = gradient_rows(model, layers, next(batches(documents, batch_tokens=99)), projections=eye)
+    query, order = query_gradients(model, layers, batches(documents, batch_tokens=99), task=CausalLM())
+    rows, _ = gradient_rows(model, layers, next(batches(documents, batch_tokens=99)), task=CausalLM(), projections=eye)
     tokens = torch.from_numpy(documents.num_loss_tokens[order])
     torch.testing.assert_close(project_queries(query, layers, eye) * tokens[:, None], rows)
 

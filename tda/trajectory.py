@@ -1,0 +1,151 @@
+"""A finished training run, as a user hands it over: its checkpoints, and what every step did.
+
+`Recorder` takes one down beside any training loop.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """`torch.optim.SGD` (heavy-ball momentum, coupled weight decay) or `torch.optim.AdamW` (decoupled)."""
+
+    kind: Literal["sgd", "adamw"]
+    momentum: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name."""
+
+    step: int
+    weights: dict[str, Tensor]
+    second_moments: dict[str, Tensor]  # empty for SGD
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    The training loss of a step is the mean over the terms of its rows (`Task`). A run that stops before its last checkpoint's
+    step, or whose steps are not all known, is refused.
+    """
+
+    model: nn.Module  # the architecture; its weights are those of whatever was asked for last
+    checkpoints: list[Checkpoint]  # in their order; the last one is the end of the run
+    learning_rates: np.ndarray  # (step,)
+    batches: list[np.ndarray]  # row numbers of every step
+    optimizer: Optimizer
+    initial: dict[str, Tensor]  # weights before the first step; empty if unknown: replay needs them
+
+    def __post_init__(self) -> None:
+        steps = [checkpoint.step for checkpoint in self.checkpoints]
+        if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] != len(self.learning_rates):
+            raise ValueError(
+                f"run: checkpoints at steps {steps} of {len(self.learning_rates)}; expected at least one, in rising order, the "
+                "last one at the last step; with a Recorder, num_steps has to be the number of steps taken"
+            )
+        if len(self.batches) != len(self.learning_rates):
+            raise ValueError(f"run: {len(self.batches)} batches for {len(self.learning_rates)} steps; expected one for each step")
+        if self.optimizer.kind == "adamw" and not all(checkpoint.second_moments for checkpoint in self.checkpoints):
+            raise ValueError(
+                "run: a checkpoint has no second moments; expected those of AdamW, which say how far a gradient moves a weight; "
+                "save the optimizer's exp_avg_sq with every checkpoint"
+            )
+
+    def at(self, index: int) -> nn.Module:
+        """A copy of the model with the weights of checkpoint `index`, in eval mode."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.checkpoints[index].weights, strict=False)  # names of tied weights may be left out
+        return model.eval()
+
+
+class Recorder:
+    """Takes down a run beside a training loop: make it before the first step, call `step` after every one.
+
+        recorder = Recorder(model, optimizer, num_steps=len(loader) * epochs)
+        ...
+        optimizer.step()
+        recorder.step(rows)
+        ...
+        run = recorder.run
+
+    Raises:
+        ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, or is set in a way that the methods do not
+            know; it says which.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_steps: int, num_checkpoints: int = 6):
+        if not 1 <= num_checkpoints <= num_steps:
+            raise ValueError(f"recorder: {num_checkpoints} checkpoints of {num_steps} steps; expected from 1 to {num_steps}")
+        self._model = model
+        self._optimizer = optimizer
+        self._settings = _settings(optimizer)
+        self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
+        self._initial = _copy(model.state_dict())
+        self._checkpoints: list[Checkpoint] = []
+        self._learning_rates: list[float] = []
+        self._batches: list[np.ndarray] = []
+
+    def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
+        """Take down an optimizer step on the training rows numbered `rows`; before a scheduler changes the learning rate."""
+        self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
+        self._batches.append(np.array(rows, dtype=np.int64))
+        if len(self._batches) in self._at:
+            self._checkpoints.append(
+                Checkpoint(len(self._batches), _copy(self._model.state_dict()), second_moments(self._model, self._optimizer))
+            )
+
+    @property
+    def run(self) -> Run:
+        """The run so far; its last checkpoint has to be at the last step taken."""
+        return Run(
+            model=copy.deepcopy(self._model).eval(),
+            checkpoints=list(self._checkpoints),
+            learning_rates=np.array(self._learning_rates),
+            batches=list(self._batches),
+            optimizer=self._settings,
+            initial=self._initial,
+        )
+
+
+def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's `exp_avg_sq` by parameter name; empty for an optimizer that has none."""
+    return {
+        name: optimizer.state[parameter]["exp_avg_sq"].detach().clone()
+        for name, parameter in model.named_parameters()
+        if "exp_avg_sq" in optimizer.state.get(parameter, {})
+    }
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:
+    groups = optimizer.param_groups
+    for key in ("lr", "weight_decay", "momentum", "betas", "eps"):
+        values = {group[key] for group in groups if key in group}
+        if len(values) > 1:
+            raise ValueError(f"recorder: parameter groups differ in {key}: {sorted(values)}; expected one value for all of them")
+    group = groups[0]
+    unknown = [key for key in ("nesterov", "dampening", "amsgrad", "maximize") if group.get(key)]
+    if unknown:
+        raise ValueError(f"recorder: the optimizer sets {', '.join(unknown)}, which no method here knows; leave it off")
+    if isinstance(optimizer, torch.optim.AdamW):
+        beta1, beta2 = group["betas"]
+        return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=group["weight_decay"])
+    if type(optimizer) is torch.optim.SGD:
+        return Optimizer("sgd", momentum=group["momentum"], weight_decay=group["weight_decay"])
+    raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")
