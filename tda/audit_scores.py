@@ -22,8 +22,7 @@ from tda.gradient_log import log_rows
 from tda.ingest import content_hash
 from tda.parallel import num_workers
 from tda.prepare import closes_documents, document_table, read_source
-from tda.scores import Dot
-from tda.scoring import Attribution, load_attribution, source_scores, store_dot
+from tda.scoring import Attribution, RowDot, load_attribution, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
 
 PART = "mixed"  # of new documents: training has not seen them, so nothing depends on it
@@ -118,7 +117,7 @@ def new_documents(config: Config, workspace: Workspace, *, known: list[pl.DataFr
 
 def _with_new(
     config: Config, workspace: Workspace, attribution: Attribution, *, audited: pl.DataFrame, new: pl.DataFrame
-) -> tuple[Attribution, Dot]:
+) -> tuple[Attribution, RowDot]:
     """The attribution of the training documents to audit, then the new ones; and the dot products with both's rows."""
     num_trained, num_segments = attribution.exposure.shape
     exposure = np.concatenate([attribution.exposure[: len(audited)], np.full((len(new), num_segments), 1 / num_trained)])

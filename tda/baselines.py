@@ -22,17 +22,23 @@ def bm25_scores(texts: Sequence[str], target_texts: Sequence[str]) -> Float[np.n
     """
     if not target_texts:
         raise ValueError("scores: BM25 needs at least one target document; got none; see prepare.targets in params.yaml")
-    words = [_words(text) for text in texts]
-    total = np.zeros(len(texts), dtype=np.float64)
-    if not any(words):
-        return total
-    index = bm25s.BM25()
-    index.index(words, show_progress=False)
-    for text in target_texts:
-        query = _words(text)
-        if query:
-            total += index.get_scores(query)
-    return total / len(target_texts)
+    return _bm25([_words(text) for text in texts], [_words(text) for text in target_texts]).mean(axis=0)
+
+
+def token_bm25_scores(rows: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> Float[np.ndarray, "query document"]:
+    """The same for each query, of documents that are rows of tokens: a token is a word."""
+    return _bm25([[str(token) for token in row] for row in rows], [[str(token) for token in query] for query in queries])
+
+
+def _bm25(words: list[list[str]], queries: list[list[str]]) -> Float[np.ndarray, "query document"]:
+    scores = np.zeros((len(queries), len(words)))
+    if any(words):
+        index = bm25s.BM25()
+        index.index(words, show_progress=False)
+        for place, query in enumerate(queries):
+            if query:
+                scores[place] = index.get_scores(query)
+    return scores
 
 
 def random_scores(doc_ids: Sequence[str], *, seed: int) -> Float[np.ndarray, " document"]:

@@ -114,6 +114,11 @@ class Examples:
         return len(self.x)
 
     @property
+    def ids(self) -> list[str]:
+        """Row numbers."""
+        return [str(row) for row in range(len(self))]
+
+    @property
     def lengths(self) -> np.ndarray:
         """What `batch_plan` counts of an example: 1."""
         return np.ones(len(self), dtype=np.int64)

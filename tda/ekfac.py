@@ -146,7 +146,7 @@ def corrected_eigenvalues(
 
     def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
         G = (at_least_float32(Ds) @ basis[layer.name][1]).mT @ rotated
-        Lambda[layer.name] += torch.tensordot(w, G.square_(), dims=1)
+        Lambda[layer.name] += torch.tensordot(w.to(G.dtype), G.square_(), dims=1)
 
     with captured(model, layers, encode=rotate_inputs, consume=add_squares):
         for batch in batches:

@@ -1,6 +1,6 @@
 """Gradients of single examples: LoGra rows for the store, full gradients of a few queries."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,48 @@ def query_gradients(
             total.backward()
             order += batch.rows
     return {name: torch.cat(held) for name, held in gradients.items()}, order
+
+
+def gradient_dots(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch | TensorBatch,
+    *,
+    task: Task,
+    queries: dict[str, Float[Tensor, "query d_out d_in"]],
+) -> Float[Tensor, "batch query"]:
+    """Dot products of `queries` with the full gradient of every example's summed loss, held for one layer at a time."""
+    return _over_layers(model, layers, batch, task=task, of=lambda name, G: G.flatten(1) @ queries[name].flatten(1).T)
+
+
+def gradient_squares(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task
+) -> Float[Tensor, " batch"]:
+    """Squared norms of the full gradient of every example's summed loss."""
+    return _over_layers(model, layers, batch, task=task, of=lambda _name, G: G.square().sum(dim=(1, 2)))
+
+
+def _over_layers(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch | TensorBatch,
+    *,
+    task: Task,
+    of: Callable[[str, Float[Tensor, "batch d_out d_in"]], Tensor],
+) -> Tensor:
+    """The sum over layers of a function of every example's gradient there."""
+    parts: list[Tensor] = []
+
+    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
+        return append_one(a, bias=layer.bias)
+
+    def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
+        parts.append(of(layer.name, torch.bmm(Ds.mT, a)))
+
+    with captured(model, layers, encode=keep_inputs, consume=add):
+        total, _losses = task.losses(model, batch)
+        total.backward()
+    return torch.stack(parts).sum(dim=0)
 
 
 def project_queries(

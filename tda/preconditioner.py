@@ -85,12 +85,12 @@ def scaled_factors(
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         G = root_P[layer.name] * (at_least_float32(Ds).mT @ a)
         if basis is None:
-            scaled = w[:, None, None] * G
+            scaled = w[:, None, None].to(G.dtype) * G
             A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", scaled, G)
             S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", scaled, G)
         else:
             Q_A, Q_S = basis[layer.name]
-            Lambda[layer.name] = Lambda.get(layer.name, 0) + torch.tensordot(w, (Q_S.T @ G @ Q_A).square_(), dims=1)
+            Lambda[layer.name] = Lambda.get(layer.name, 0) + torch.tensordot(w.to(G.dtype), (Q_S.T @ G @ Q_A).square_(), dims=1)
 
     with captured(model, layers, encode=keep_inputs, consume=add):
         for batch in batches:

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.gradients import project_queries
 from tda.model import Layer
 from tda.projection import Projection
 from tda.segments import Segment
 from tda.source import Gradients, SegmentDynamics, walk_back
 
-Dot = Callable[[int, Float[Tensor, "query values"]], np.ndarray]
-"""`dot(checkpoint, queries)`: (document, query) dot products with the stored rows of a checkpoint."""
+Dot = Callable[[Segment, int, Gradients], np.ndarray]
+"""`dot(segment, checkpoint, response)`: (document, query) dot products of a response to queries, of whatever shape the segment's
+factors have, with the gradients of the documents' summed losses at one of the segment's checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,20 @@ class Scores:
 
 
 def source_values(
-    query: Gradients,
-    dynamics: Sequence[SegmentDynamics],
-    segments: Sequence[Segment],
-    *,
-    layers: Sequence[Layer],
-    projections: Sequence[dict[str, Projection]],
-    exposure: np.ndarray,
-    dot: Dot,
-) -> tuple[np.ndarray, list[float]]:
-    """SOURCE scores (query, document), and the share of each segment's response that its projection keeps.
+    query: Gradients, dynamics: Sequence[SegmentDynamics], segments: Sequence[Segment], *, exposure: np.ndarray, dot: Dot
+) -> np.ndarray:
+    """SOURCE scores (query, document).
 
-    Stored rows are gradients of a document's summed token loss; over `tokens_per_document` they are those of the training loss.
+    `exposure` is (document, segment). Gradients of documents are those of their summed loss; over `tokens_per_document` they are
+    those of the training loss.
     """
     values: np.ndarray | float = 0.0
-    kept = [0.0] * len(segments)
     for segment_dynamics, response in walk_back(query, dynamics):
-        index = segment_dynamics.index
-        segment = segments[index]
-        u = project_queries(response, layers, projections[index])
-        kept[index] = (u.square().sum() / sum(part.square().sum() for part in response.values())).item()
-        received = exposure[:, index, None] / (len(segment.checkpoints) * segment.tokens_per_document)
+        segment = segments[segment_dynamics.index]
+        received = exposure[:, segment.index, None] / (len(segment.checkpoints) * segment.tokens_per_document)
         for checkpoint in segment.checkpoints:
-            values = values + received * dot(checkpoint, u)
-    return np.asarray(values).T, kept
+            values = values + received * dot(segment, checkpoint, response)
+    return np.asarray(values).T
 
 
 def rotated_query(query: Gradients, layers: Sequence[Layer], projections: dict[str, Projection]) -> Gradients:

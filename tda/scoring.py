@@ -1,6 +1,6 @@
 """Scores of all documents on the target set: SOURCE and the baselines, from the store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,16 @@ from tda.gradients import project_queries, query_gradients
 from tda.influence import precondition
 from tda.parallel import device_of
 from tda.projection import Projection
-from tda.scores import Dot, Scores, cosines, rotated_query, source_values
+from tda.scores import Scores, cosines, rotated_query, source_values
 from tda.segments import Segment
 from tda.source import Gradients, SegmentDynamics
 from tda.store import dot_scores, open_sealed
 from tda.task import CausalLM
 
 QUERY_VALUES = 1 << 27  # gradient values of the queries that are in memory at once
+
+RowDot = Callable[[int, Tensor], np.ndarray]
+"""`dot(checkpoint, queries)`: (document, query) dot products with the stored rows of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,34 @@ class Attribution:
         """The checkpoint at which queries are taken."""
         return self.segments[-1].checkpoints[-1]
 
-    def source(self, query: Gradients, dot: Dot) -> tuple[np.ndarray, list[float]]:
+    def source(self, query: Gradients, dot: RowDot) -> tuple[np.ndarray, list[float]]:
         """SOURCE values (query, document), and the share of each segment's response that the projection keeps."""
         layers = self.factors[0].layers
+        kept = [0.0] * len(self.segments)
+        inside = 1.0
         if self.projected:
             rotated = rotated_query(query, layers, self.projections[0])
-            values, kept = source_values(
-                rotated,
-                self.dynamics,
-                self.segments,
-                layers=layers,
-                projections=[{layer.name: _identity(self.projections[0][layer.name]) for layer in layers}] * len(self.segments),
-                exposure=self.exposure,
-                dot=dot,
-            )
             inside = _squared_norm(rotated) / _squared_norm(query)  # no more than this is known of any segment's response
-            return values, [share * inside for share in kept]
-        return source_values(
-            query, self.dynamics, self.segments, layers=layers, projections=self.projections, exposure=self.exposure, dot=dot
-        )
+            query = rotated
+
+        def dot_rows(segment: Segment, checkpoint: int, response: Gradients) -> np.ndarray:
+            u = self.as_rows(response, segment.index)
+            kept[segment.index] = inside * u.square().sum().item() / _squared_norm(response)
+            return dot(checkpoint, u)
+
+        values = source_values(query, self.dynamics, self.segments, exposure=self.exposure, dot=dot_rows)
+        return values, kept
+
+    def as_rows(self, response: Gradients, segment: int) -> Tensor:
+        """What stored rows of a segment are multiplied by: a response in projected space as it is, else its projection."""
+        layers = self.factors[0].layers
+        if self.projected:
+            return torch.cat([response[layer.name].flatten(1) for layer in layers], dim=1)
+        return project_queries(response, layers, self.projections[segment])
 
 
 def _squared_norm(query: Gradients) -> float:
     return sum(part.square().sum().item() for part in query.values())
-
-
-def _identity(projection: Projection) -> Projection:
-    return Projection(torch.eye(projection.P_i.shape[1]), torch.eye(projection.P_o.shape[1]))
 
 
 def load_attribution(config: Config, workspace: Workspace, documents: Documents) -> Attribution:
@@ -112,7 +116,7 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
     )
 
 
-def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> Dot:
+def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:
     """Dot products with the stored rows of `doc_ids`."""
 
     def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
@@ -137,7 +141,7 @@ def query_blocks(
         yield {name: G.cpu() for name, G in gradients.items()}, [start + row for row in order]
 
 
-def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: Dot) -> np.ndarray:
+def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
     """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
     weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
     return sum(
@@ -168,12 +172,8 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
         kept += np.array(kept_here) * len(rows) / len(queries)
         at_end = rotated_query(query, layers, projections) if attribution.projected else query
         conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
-        plain = project_queries(query, layers, projections)
-        if attribution.projected:
-            influence = torch.cat([conditioned[layer.name].flatten(1) for layer in layers], dim=1)
-        else:
-            influence = project_queries(conditioned, layers, projections)
-        values["ekfac_influence"][rows] = dot(final, influence).T / unit
+        values["ekfac_influence"][rows] = dot(final, attribution.as_rows(conditioned, last.index)).T / unit
+        plain = attribution.as_rows(at_end, last.index)
         dots = dot(final, plain)
         values["gradient_dot"][rows] = dots.T
         values["gradient_cosine"][rows] = cosines(dots, norms, plain).T

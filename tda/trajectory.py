@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +64,16 @@ class Run:
                 "run: a checkpoint has no second moments; expected those of AdamW, which say how far a gradient moves a weight; "
                 "save the optimizer's exp_avg_sq with every checkpoint"
             )
+
+    @property
+    def trajectory(self) -> pl.DataFrame:
+        """A row per step, in the columns that `segments` reads."""
+        return pl.DataFrame({
+            "step": np.arange(1, len(self.learning_rates) + 1),
+            "learning_rate": self.learning_rates,
+            "gradient_scale": np.ones(len(self.learning_rates)),
+            "documents": [rows.tolist() for rows in self.batches],
+        })
 
     def at(self, index: int) -> nn.Module:
         """A copy of the model with the weights of checkpoint `index`, in eval mode."""
@@ -145,7 +156,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:
         raise ValueError(f"recorder: the optimizer sets {', '.join(unknown)}, which no method here knows; leave it off")
     if isinstance(optimizer, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
-        return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=group["weight_decay"])
+        return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=float(group["weight_decay"]))
     if type(optimizer) is torch.optim.SGD:
-        return Optimizer("sgd", momentum=group["momentum"], weight_decay=group["weight_decay"])
+        return Optimizer("sgd", momentum=float(group["momentum"]), weight_decay=float(group["weight_decay"]))
     raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")

@@ -51,16 +51,13 @@ def test_pipeline_equals_dense_matrices_on_a_language_model():
         rows.append(torch.stack([by_row[row] for row in range(6)]))
     query, order = query_gradients(models[-1], layers, batches(queries, batch_tokens=24), task=CausalLM())
     exposure = np.random.default_rng(0).dirichlet(np.ones(6), size=2).T
-    values, kept = source_values(
+    values = source_values(
         query,
         dynamics,
         held,
-        layers=layers,
-        projections=[eye, eye],
         exposure=exposure,
-        dot=lambda checkpoint, u: (rows[checkpoint] @ u.T).numpy(),
+        dot=lambda _segment, checkpoint, u: (rows[checkpoint] @ project_queries(u, layers, eye).T).numpy(),
     )
-    assert kept == pytest.approx([1, 1])
 
     expected = torch.zeros(len(order), 6, dtype=torch.float64)
     start = 0

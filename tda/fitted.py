@@ -1,0 +1,195 @@
+"""One run of any model, with what attribution methods ask of it, each worked out when it is first asked for.
+
+The in-memory counterpart of the pipeline's artifacts: the same segments, the same factors, the same SOURCE, on gradients that are
+computed when they are needed instead of being read from a store.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tda.data import Data, Documents, batch_plan
+from tda.factors import SegmentFactors, fit_factors
+from tda.gradients import gradient_dots, gradient_squares, query_gradients
+from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
+from tda.preconditioner import adam_preconditioner
+from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, segment_ends
+from tda.source import Gradients, SegmentDynamics
+from tda.task import Task
+from tda.trajectory import Run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What methods can be told; each reads what concerns it."""
+
+    num_segments: int = 3
+    segments_by: Literal["steps", "learning_rate"] = "steps"
+    layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
+    adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
+    damping: float = 0.1  # influence functions: in mean eigenvalues of each layer
+    curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
+    batch_size: int = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
+    seed: int = 0
+    workers: int = 1  # processes that fit curvature
+
+    @classmethod
+    def of(cls, **settings: object) -> "Settings":
+        """Settings by name.
+
+        Raises:
+            ValueError: one of them is unknown.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"attribute: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+class Fitted:
+    """A run, its task, its training data and queries: everything that a method needs."""
+
+    def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings):
+        self.run, self.task, self.train, self.queries, self.settings = run, task, train, queries, settings
+        largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
+        if largest >= len(train):
+            raise ValueError(
+                f"attribute: the run saw row {largest}, the training data have {len(train)} rows; expected the data of the run, "
+                "in the order of its row numbers"
+            )
+        self.batch_size = settings.batch_size or (4096 if isinstance(train, Documents) else 256)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The tracked layers."""
+        return tracked_layers(self.model(-1), self.settings.layers, probe=self._probe)
+
+    def _probe(self, model: nn.Module) -> object:
+        return self.task.losses(model, self.train.batch([0]))
+
+    def model(self, checkpoint: int) -> nn.Module:
+        """The model at a checkpoint; -1 is the last one."""
+        return self.run.at(checkpoint)
+
+    @cached_property
+    def rates(self) -> np.ndarray:
+        """(step,) effective learning rates."""
+        optimizer = self.run.optimizer
+        return effective_learning_rates(self.run.trajectory, optimizer=optimizer.kind, momentum=optimizer.momentum)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The segments of the run, first to last."""
+        steps = [checkpoint.step for checkpoint in self.run.checkpoints]
+        ends = segment_ends(steps, self.settings.num_segments, by=self.settings.segments_by, rates=self.rates, stage_ends=[])
+        exposure = self._exposure([steps[end - 1] for end in ends])
+        return make_segments(steps, ends, rates=self.rates, exposure=exposure, tokens=self.train.num_loss_tokens)
+
+    @cached_property
+    def exposure(self) -> np.ndarray:
+        """(row, segment): the share of the segment's learning rate that went through the row."""
+        return self._exposure([segment.last_step for segment in self.segments])
+
+    def _exposure(self, last_steps: list[int]) -> np.ndarray:
+        return document_exposure(self.run.trajectory, last_steps, rates=self.rates, num_documents=len(self.train))
+
+    @cached_property
+    def query_gradients(self) -> Gradients:
+        """Full gradients of the queries' mean cost per term at the last checkpoint."""
+        return self.query_gradients_at(-1)
+
+    def query_gradients_at(self, checkpoint: int) -> Gradients:
+        """Full gradients of the queries' mean cost per term at a checkpoint, in the queries' order."""
+        plan = batch_plan(self.queries.lengths, batch_tokens=self.batch_size)
+        held, order = query_gradients(
+            self.model(checkpoint), self.layers, (self.queries.batch(rows) for rows in plan), task=self.task
+        )
+        place = torch.from_numpy(np.argsort(order))
+        return {name: G[place] for name, G in held.items()}
+
+    def batches(self) -> Iterator:
+        """The training data in batches of similar length."""
+        for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
+            yield self.train.batch(rows)
+
+    def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
+        """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
+        model = self.model(checkpoint)
+        dots = np.zeros((len(self.train), len(self.queries)))
+        for batch in self.batches():
+            dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().numpy()
+        return dots
+
+    def norms(self, checkpoint: int) -> np.ndarray:
+        """(row,) norms of the gradients of every training row's summed loss at a checkpoint."""
+        model = self.model(checkpoint)
+        squares = np.zeros(len(self.train))
+        for batch in self.batches():
+            squares[batch.rows] = gradient_squares(model, self.layers, batch, task=self.task).double().numpy()
+        return np.sqrt(squares)
+
+    @cached_property
+    def factors(self) -> list[SegmentFactors]:
+        """EK-FAC of every segment."""
+        return [self.segment_factors(segment, segment.checkpoints) for segment in self.segments]
+
+    def segment_factors(self, segment: Segment, checkpoints: list[int]) -> SegmentFactors:
+        """EK-FAC over `checkpoints`, on rows that the segment trained on."""
+        seen = np.flatnonzero(self.exposure[:, segment.index])
+        if 0 < self.settings.curvature_examples < len(seen):
+            random = np.random.default_rng([self.settings.seed, segment.index])
+            seen = np.sort(random.choice(seen, self.settings.curvature_examples, replace=False))
+        adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
+        return fit_factors(
+            checkpoints,
+            self.model,
+            self.train.select(seen),
+            task=self.task,
+            pattern=self.settings.layers,
+            weight=1 / segment.tokens_per_document,
+            P={} if adam == "none" else self.preconditioner(checkpoints),
+            adam=adam,
+            projections=None,
+            batch_tokens=self.batch_size,
+            seed=self.settings.seed * 1000 + segment.index,
+            workers=self.settings.workers,
+            device=torch.device("cpu"),
+        )
+
+    def preconditioner(self, checkpoints: list[int]) -> dict[str, Tensor]:
+        """AdamW's P by layer, (d_out, d_in), averaged over checkpoints."""
+        modules = linear_modules(self.run.model)
+        sums: dict[str, Tensor] = {}
+        for index in checkpoints:
+            P = self._elementwise_preconditioner(index)
+            for layer in self.layers:
+                bias = P[f"{layer.name}.bias"] if layer.bias else None
+                matrix = layer_matrix(modules[layer.name], P[f"{layer.name}.weight"], bias)
+                sums[layer.name] = sums.get(layer.name, 0) + matrix / len(checkpoints)
+        return sums
+
+    def _elementwise_preconditioner(self, index: int) -> dict[str, Tensor]:
+        checkpoint, optimizer = self.run.checkpoints[index], self.run.optimizer
+        return {
+            name: adam_preconditioner(v, step=checkpoint.step, beta2=optimizer.beta2, epsilon=optimizer.epsilon)
+            for name, v in checkpoint.second_moments.items()
+        }
+
+    @cached_property
+    def dynamics(self) -> list[SegmentDynamics]:
+        """What every segment does to a query."""
+        adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
+        return [
+            SegmentDynamics(segment.index, held.curvature(adam), segment.time, self.run.optimizer.weight_decay)
+            for segment, held in zip(self.segments, self.factors, strict=True)
+        ]
+
+    def provenance(self) -> dict:
+        """The settings, as they were used."""
+        return asdict(self.settings) | {"batch_size": self.batch_size}

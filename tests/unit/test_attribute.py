@@ -1,0 +1,190 @@
+"""The public API on models that are no language models, against autograd and dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tda.attribute import attribute
+from tda.data import Examples
+from tda.fitted import Fitted, Settings
+from tda.methods import METHODS
+from tda.task import CausalLM, Classification, Regression
+from tda.trajectory import Recorder
+from tests.helpers import random_documents, tiny_llama
+
+
+class ConvNet(nn.Module):
+    """A convolution with stride and padding, one without a bias, in-place activations, and a layer used on vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(3, 2, 2, bias=False)
+        self.last = nn.Linear(2 * 2 * 2, 3)
+
+    def forward(self, x):
+        x = torch.relu_(self.first(x))
+        return self.last(torch.relu_(self.second(x)).flatten(1))
+
+
+def mlp(outputs: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, outputs))
+
+
+def examples(kind: str, num: int, seed: int) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num, *((1, 6, 6) if kind == "conv" else (4,)), generator=generator, dtype=torch.float64)
+    if kind == "regression":
+        return Examples(x, torch.randn(num, 2, generator=generator, dtype=torch.float64))
+    return Examples(x, torch.randint(0, 3, (num,), generator=generator))
+
+
+def setting(kind: str, optimizer: str = "sgd"):
+    """A model trained for twelve steps, its task, its data and queries."""
+    torch.manual_seed(0)
+    if kind == "lm":
+        model, task, train, queries = tiny_llama(), CausalLM(), random_documents(12), random_documents(3, seed=5)
+    else:
+        model = {"conv": ConvNet, "classification": mlp, "regression": lambda: mlp(2)}[kind]().double()
+        task = Regression() if kind == "regression" else Classification()
+        train, queries = examples(kind, 12, 1), examples(kind, 3, 2)
+    chosen = {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5, weight_decay=0.01),
+        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+    }[optimizer]()
+    recorder = Recorder(model, chosen, num_steps=12, num_checkpoints=4)
+    for step in range(12):
+        rows = np.random.default_rng(step).choice(12, 4, replace=False)
+        batch = train.batch(rows.tolist())
+        loss = task.losses(model, batch)[0] / batch.sizes.sum()
+        chosen.zero_grad()
+        loss.backward()
+        chosen.step()
+        recorder.step(rows)
+    return recorder.run, task, train, queries
+
+
+def gradient(model: nn.Module, layers, total) -> torch.Tensor:
+    """All tracked parameters' gradient by autograd, layer by layer, weight then bias, as a matrix each."""
+    from tests.helpers import dense_gradient
+
+    return torch.cat([G.flatten() for G in dense_gradient(model, layers, total).values()])
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "conv", "lm"])
+def test_gradient_dots_are_those_of_autograd(kind):
+    run, task, train, queries = setting(kind)
+    scores = attribute("gradient_dot", run, task, train, queries, num_segments=2)
+    model = run.at(-1)
+    layers = Fitted(run, task, train, queries, Settings()).layers
+    assert len(layers) == {"classification": 3, "regression": 3, "conv": 3, "lm": 14}[kind]
+    q = torch.stack([
+        gradient(model, layers, task.costs(model, batch := queries.batch([row]), weights=1 / batch.sizes)[0]) for row in range(3)
+    ])
+    g = torch.stack([gradient(model, layers, task.losses(model, train.batch([row]))[0]) for row in range(12)])
+    torch.testing.assert_close(torch.from_numpy(scores.values), q @ g.T)
+    cosine = attribute("gradient_cosine", run, task, train, queries, num_segments=2)
+    torch.testing.assert_close(torch.from_numpy(cosine.values), nn.functional.normalize(q) @ nn.functional.normalize(g).T)
+
+
+def test_tracin_sums_dot_products_over_checkpoints():
+    run, task, train, queries = setting("classification")
+    scores = attribute("tracin", run, task, train, queries, num_segments=2)
+    held = Fitted(run, task, train, queries, Settings(num_segments=2))
+    expected = torch.zeros(3, 12, dtype=torch.float64)
+    for segment in held.segments:
+        for checkpoint in segment.checkpoints:
+            model = run.at(checkpoint)
+            for query in range(3):
+                q = gradient(model, held.layers, task.costs(model, queries.batch([query]), weights=torch.ones(1))[0])
+                for row in range(12):
+                    g = gradient(model, held.layers, task.losses(model, train.batch([row]))[0])
+                    # 0.05 / (1 - momentum), over the six steps of a segment, of which each row got its share
+                    rate = sum(0.1 / len(rows) for rows in run.batches[segment.first_step - 1 : segment.last_step] if row in rows)
+                    expected[query, row] += rate / 2 * (q @ g)
+    torch.testing.assert_close(torch.from_numpy(scores.values), expected)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "conv", "lm"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bm25"])
+def test_every_method_scores_every_model(kind, optimizer, method):
+    run, task, train, queries = setting(kind, optimizer)
+    scores = attribute(method, run, task, train, queries, num_segments=2)
+    assert scores.values.shape == (3, 12)
+    assert np.isfinite(scores.values).all()
+    assert np.abs(scores.values).max() > 0
+    twice = attribute(method, run, task, train, queries, num_segments=2)
+    assert np.array_equal(scores.values, twice.values)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "bm25"])
+def test_batching_changes_nothing(method):
+    run, task, train, queries = setting("classification")
+    whole = attribute(method, run, task, train, queries, num_segments=2)
+    small = attribute(method, run, task, train, queries, num_segments=2, batch_size=5)
+    if method in ("source", "ekfac_influence"):  # labels are sampled afresh in other batches
+        assert np.corrcoef(whole.values.ravel(), small.values.ravel())[0, 1] > 0.9
+    else:
+        torch.testing.assert_close(torch.from_numpy(whole.values), torch.from_numpy(small.values))
+
+
+def test_sampled_regression_labels_give_the_gauss_newton_matrix():
+    """Squared gradients of sampled losses average to 2 J^T J, the Gauss-Newton matrix of a squared error."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    data = examples("regression", 1, 0)
+    data = Examples(data.x[:, :3].repeat(40_000, 1), data.y.repeat(40_000, 1))
+    total, _ = Regression().losses(model, data.batch(range(40_000)), labels="sampled", generator=torch.Generator().manual_seed(0))
+    outputs = []
+    model.register_forward_hook(lambda _m, _i, output: outputs.append(output))
+    total, _ = Regression().losses(model, data.batch(range(40_000)), labels="sampled", generator=torch.Generator().manual_seed(0))
+    (Ds,) = torch.autograd.grad(total, outputs[-1])
+    found = Ds.T @ Ds / len(Ds)  # of the outputs, where J = 1
+    error = 4 * 2 / len(Ds) ** 0.5  # the mean of squares of N(0, 2): standard error sqrt(2) * 2 / sqrt(n); four of them
+    assert (found - 2 * torch.eye(2, dtype=torch.float64)).abs().max() < error
+
+
+def test_an_ensemble_is_the_mean_of_its_runs():
+    first, task, train, queries = setting("classification")
+    second, *_ = setting("classification", "adamw")
+    each = [attribute("gradient_dot", run, task, train, queries).values for run in (first, second)]
+    both = attribute("gradient_dot", [first, second], task, train, queries).values
+    torch.testing.assert_close(torch.from_numpy(both), torch.from_numpy(sum(each) / 2))
+
+
+def test_what_cannot_be_is_refused():
+    run, task, train, queries = setting("classification")
+    with pytest.raises(ValueError, match="unknown method 'nothing'; known are gradient_dot"):
+        attribute("nothing", run, task, train, queries)
+    with pytest.raises(ValueError, match="unknown settings depth; known are num_segments"):
+        attribute("source", run, task, train, queries, depth=3)
+    with pytest.raises(ValueError, match="the run saw row 11, the training data have 5 rows"):
+        attribute("source", run, task, train.select(range(5)), queries)
+    with pytest.raises(ValueError, match="no run; expected one or more"):
+        attribute("source", [], task, train, queries)
+    with pytest.raises(ValueError, match="bm25: the data have no tokens"):
+        attribute("bm25", run, task, train, queries)
+    with pytest.raises(ValueError, match="the targets \\(12,\\); expected as many values per example"):
+        Regression().losses(run.at(-1), Examples(train.x, train.y.double()).batch(range(12)))
+    with pytest.raises(ValueError, match="12 inputs and 3 targets"):
+        Examples(train.x, train.y[:3])
+
+
+def test_a_recorder_refuses_what_no_method_knows():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"the optimizer is Adagrad; expected torch\.optim\.SGD or"):
+        Recorder(model, torch.optim.Adagrad(model.parameters()), num_steps=6)
+    with pytest.raises(ValueError, match="the optimizer sets nesterov"):
+        Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True), num_steps=6)
+    groups = [{"params": [parameter], "weight_decay": 0.1 * number} for number, parameter in enumerate(model.parameters())]
+    with pytest.raises(ValueError, match="parameter groups differ in weight_decay"):
+        Recorder(model, torch.optim.AdamW(groups), num_steps=6)
+    with pytest.raises(ValueError, match="7 checkpoints of 6 steps"):
+        Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=6, num_checkpoints=7)
+    recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=6, num_checkpoints=2)
+    for _ in range(4):
+        recorder.step([0, 1])
+    with pytest.raises(ValueError, match=r"checkpoints at steps \[3\] of 4"):
+        _ = recorder.run
