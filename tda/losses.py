@@ -33,8 +33,7 @@ def document_losses(
     of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
     which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
     """
-    places = F.pad(batch.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
-    targets = batch.tokens.flatten()[places + 1]
+    places, targets = predictions(batch)
     uniform = None
     if labels == "sampled":
         uniform = torch.rand(len(places), generator=generator, device=places.device)
@@ -43,8 +42,7 @@ def document_losses(
         w = weights[places // batch.tokens.shape[1]]
     head = plain_head(model)
     if head is None or head._forward_hooks:  # where something listens to the head, it has to be called
-        logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[places])
-        losses = logit_losses(logits, targets, uniform)
+        losses = logit_losses(document_logits(model, batch), targets, uniform)
         total = (w * losses).sum()
     else:
         hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
@@ -54,6 +52,18 @@ def document_losses(
     return total, spread.sum(dim=1)
 
 
+def predictions(batch: Batch) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
+    """Of every prediction that counts, document by document: its place among the flattened tokens, and the token it is of."""
+    places = F.pad(batch.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
+    return places, batch.tokens.flatten()[places + 1]
+
+
+def document_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "prediction vocabulary"]:
+    """The logits of every prediction that counts."""
+    places, _targets = predictions(batch)
+    return at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[places])
+
+
 def document_costs(
     model: nn.Module, batch: Batch, *, weights: Float[Tensor, " batch"], measurement: Measurement
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
@@ -61,10 +71,7 @@ def document_costs(
     if measurement in ("loss", "log_probability"):
         return document_losses(model, batch, weights=weights)
     logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
-    targets = batch.tokens[:, 1:, None]
-    right = logits.gather(2, targets)[..., 0]
-    others = logits.scatter(2, targets, -torch.inf).logsumexp(dim=2)  # log of the sum over every other token
-    costs = ((others - right) * batch.loss_mask).sum(dim=1)
+    costs = -(margins(logits, batch.tokens[:, 1:]) * batch.loss_mask).sum(dim=1)
     return (weights * costs).sum(), costs.detach()
 
 
@@ -74,6 +81,13 @@ def logit_losses(
     """Cross-entropy of `targets`, or, with `uniform`, of the labels it draws, in nats."""
     labels = targets if uniform is None else draw(logits.detach().softmax(dim=1), uniform)
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margins(logits: Float[Tensor, "*n label"], targets: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Log-odds of the targets, log p/(1-p)."""
+    right = logits.gather(-1, targets[..., None])[..., 0]
+    others = logits.scatter(-1, targets[..., None], -torch.inf).logsumexp(dim=-1)  # log of the sum over every other label
+    return right - others
 
 
 def draw(p: Float[Tensor, "row vocabulary"], uniform: Float[Tensor, " row"]) -> Int[Tensor, " row"]:

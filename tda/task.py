@@ -1,19 +1,30 @@
 """What is trained and what is measured: the one thing that a user tells of a model, whatever the model is.
 
 A task knows two numbers of an example: its training loss, with labels that are true or sampled from the model itself, and its
-cost, the measurement that scores predict, signed so that lower is better.
+cost, the measurement that scores predict, signed so that lower is better. Beneath the loss are the outputs that it is a convex
+function of, a row per term: what the Gauss-Newton matrix and TRAK's linear model are made of.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tda.data import Batch, TensorBatch
-from tda.losses import Labels, Measurement, at_least_float32, document_costs, document_losses, draw
+from tda.losses import (
+    Labels,
+    Measurement,
+    at_least_float32,
+    document_costs,
+    document_logits,
+    document_losses,
+    draw,
+    logit_losses,
+    margins,
+    predictions,
+)
 
 RegressionMeasurement = Literal["absolute_error", "squared_error"]
 
@@ -46,6 +57,20 @@ class Task(Protocol):
         """The same of the measurement, signed so that lower is better."""
         ...
 
+    def outputs(self, model: nn.Module, batch: Batch | TensorBatch) -> Float[Tensor, "term output"]:
+        """What the loss is a function of: a row for each of the `batch.sizes` terms of every example, example by example."""
+        ...
+
+    def output_losses(self, outputs: Float[Tensor, "term output"], batch: Batch | TensorBatch) -> Float[Tensor, " term"]:
+        """The loss of every term, as a convex function of its own outputs; an example's sum to its `losses`."""
+        ...
+
+    def responses(
+        self, outputs: Float[Tensor, "term output"], batch: Batch | TensorBatch
+    ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
+        """The numbers that TRAK has a linear model of, and the derivative of the loss by each."""
+        ...
+
 
 @dataclass(frozen=True)
 class CausalLM:
@@ -74,6 +99,20 @@ class CausalLM:
         """See `Task.costs`."""
         return document_costs(model, batch, weights=weights, measurement=self.measurement)
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "term output"]:
+        """Logits of the predictions that count. See `Task.outputs`."""
+        return document_logits(model, batch)
+
+    def output_losses(self, outputs: Float[Tensor, "term output"], batch: Batch) -> Float[Tensor, " term"]:
+        """See `Task.output_losses`."""
+        return logit_losses(outputs, predictions(batch)[1], None)
+
+    def responses(
+        self, outputs: Float[Tensor, "term output"], batch: Batch
+    ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
+        """Margins. See `Task.responses`."""
+        return _margin_responses(outputs, predictions(batch)[1])
+
 
 @dataclass(frozen=True)
 class Classification:
@@ -94,12 +133,11 @@ class Classification:
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.losses`."""
-        logits = at_least_float32(model(batch.x))
-        y = batch.y
+        logits = self.outputs(model, batch)
         if labels == "sampled":
             uniform = torch.rand(len(logits), generator=generator, device=logits.device)
-            y = draw(logits.detach().softmax(dim=1), uniform)
-        return _weighted(F.cross_entropy(logits, y, reduction="none"), weights)
+            batch = replace(batch, y=draw(logits.detach().softmax(dim=1), uniform))
+        return _weighted(self.output_losses(logits, batch), weights)
 
     def costs(
         self, model: nn.Module, batch: TensorBatch, *, weights: Float[Tensor, " example"]
@@ -107,10 +145,21 @@ class Classification:
         """See `Task.costs`."""
         if self.measurement != "margin":
             return self.losses(model, batch, weights=weights)
-        logits = at_least_float32(model(batch.x))
-        right = logits.gather(1, batch.y[:, None])[:, 0]
-        others = logits.scatter(1, batch.y[:, None], -torch.inf).logsumexp(dim=1)
-        return _weighted(others - right, weights)
+        return _weighted(-margins(self.outputs(model, batch), batch.y), weights)
+
+    def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
+        """Logits. See `Task.outputs`."""
+        return at_least_float32(model(batch.x))
+
+    def output_losses(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
+        """See `Task.output_losses`."""
+        return logit_losses(outputs, batch.y, None)
+
+    def responses(
+        self, outputs: Float[Tensor, "term output"], batch: TensorBatch
+    ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
+        """Margins. See `Task.responses`."""
+        return _margin_responses(outputs, batch.y)
 
 
 @dataclass(frozen=True)
@@ -132,33 +181,55 @@ class Regression:
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.losses`. The square of an error is minus the log-likelihood of a Gaussian of variance 1/2."""
-        errors = _errors(model, batch)
+        predicted = self.outputs(model, batch)
         if labels == "sampled":
-            drawn = torch.randn(errors.shape, generator=generator, device=errors.device, dtype=errors.dtype) * 0.5**0.5
-            errors = errors - errors.detach() + drawn
-        return _weighted(errors.square().sum(dim=1), weights)
+            noise = torch.randn(predicted.shape, generator=generator, device=predicted.device, dtype=predicted.dtype) * 0.5**0.5
+            batch = replace(batch, y=predicted.detach() - noise)
+        return _weighted(self.output_losses(predicted, batch), weights)
 
     def costs(
         self, model: nn.Module, batch: TensorBatch, *, weights: Float[Tensor, " example"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.costs`."""
-        errors = _errors(model, batch)
+        errors = _errors(self.outputs(model, batch), batch)
         return _weighted((errors.abs() if self.measurement == "absolute_error" else errors.square()).sum(dim=1), weights)
 
+    def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
+        """Predictions. See `Task.outputs`.
 
-def _errors(model: nn.Module, batch: TensorBatch) -> Float[Tensor, "example output"]:
-    """Prediction minus target.
+        Raises:
+            ValueError: they are of another shape than the targets, over which subtraction would quietly spread them.
+        """
+        predicted = at_least_float32(model(batch.x))
+        if predicted.shape[0] != batch.y.shape[0] or predicted.flatten(1).shape != batch.y.reshape(len(batch.y), -1).shape:
+            raise ValueError(
+                f"regression: the model's outputs are {tuple(predicted.shape)}, the targets {tuple(batch.y.shape)}; expected as "
+                "many values per example"
+            )
+        return predicted.reshape(len(predicted), -1)
 
-    Raises:
-        ValueError: they are of different shapes, which subtraction would quietly spread over each other.
-    """
-    predicted = at_least_float32(model(batch.x))
-    if predicted.shape[0] != batch.y.shape[0] or predicted.flatten(1).shape != batch.y.reshape(len(batch.y), -1).shape:
-        raise ValueError(
-            f"regression: the model's outputs are {tuple(predicted.shape)}, the targets {tuple(batch.y.shape)}; expected as many "
-            "values per example"
-        )
-    return predicted.reshape(len(predicted), -1) - batch.y.reshape(len(batch.y), -1)
+    def output_losses(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
+        """See `Task.output_losses`."""
+        return _errors(outputs, batch).square().sum(dim=1)
+
+    def responses(
+        self, outputs: Float[Tensor, "term output"], batch: TensorBatch
+    ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
+        """Predictions. See `Task.responses`."""
+        return outputs, 2 * _errors(outputs, batch)
+
+
+def _errors(outputs: Float[Tensor, "example output"], batch: TensorBatch) -> Float[Tensor, "example output"]:
+    """Prediction minus target."""
+    return outputs - batch.y.reshape(len(batch.y), -1)
+
+
+def _margin_responses(
+    logits: Float[Tensor, "term label"], targets: Int[Tensor, " term"]
+) -> tuple[Float[Tensor, "term 1"], Float[Tensor, "term 1"]]:
+    """Margins m, and the derivative of the loss log(1 + exp(-m)) by them: minus the probability of any other label."""
+    m = margins(logits, targets)[:, None]
+    return m, -torch.sigmoid(-m)
 
 
 def _weighted(values: Float[Tensor, " example"], weights: Float[Tensor, " example"] | None) -> tuple[Tensor, Tensor]:
