@@ -16,7 +16,7 @@ from tda.data import Data, batch_plan
 from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
 from tda.model import Layer, tracked_layers
 from tda.parallel import parallel_map
-from tda.preconditioner import LayerCurvature, plain, scalar, scaled_eigenbasis, scaled_factors
+from tda.preconditioner import Curvature, DiagonalCurvature, LayerCurvature, plain, scalar, scaled_eigenbasis, scaled_factors
 from tda.projection import Projection, random_projections
 from tda.task import Task
 
@@ -39,8 +39,8 @@ class SegmentFactors:
     projections: dict[str, Projection]  # empty in full space
     num_documents: int
 
-    def curvature(self, adam: str) -> dict[str, LayerCurvature]:
-        """What SOURCE applies to a query: by layer, with AdamW's P as `adam` says ("none", "scalar", "symmetric").
+    def curvature(self, adam: str) -> dict[str, Curvature]:
+        """What SOURCE applies to a query: by layer, with AdamW's P as `adam` says ("none", "scalar", "symmetric", "diagonal").
 
         Raises:
             ValueError: the factors were fitted without what `adam` needs.
@@ -49,6 +49,8 @@ class SegmentFactors:
             return {name: plain(factors) for name, factors in self.plain.items()}
         if adam == "scalar":
             return {name: scalar(factors, self.P[name]) for name, factors in self.plain.items()}
+        if adam == "diagonal":
+            return {name: DiagonalCurvature(factors, self.P[name]) for name, factors in self.plain.items()}
         if not self.scaled:
             raise ValueError(
                 "curvature.adam: symmetric was asked for, but these factors were fitted without; run `dvc repro curvature`"

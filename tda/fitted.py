@@ -4,7 +4,7 @@ The in-memory counterpart of the pipeline's artifacts: the same segments, the sa
 computed when they are needed instead of being read from a store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tda.data import Data, Documents, batch_plan
 from tda.factors import SegmentFactors, fit_factors
+from tda.ggn import Product, gauss_newton_product
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
 from tda.preconditioner import adam_preconditioner
@@ -34,6 +35,9 @@ class Settings:
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
     damping: float = 0.1  # influence functions: in mean eigenvalues of each layer
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
+    iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
+    solver_examples: int = 512  # rows whose curvature conjugate gradients solve with; 0: all
+    projection_size: int = 512  # values of a gradient in TRAK
     batch_size: int = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
     seed: int = 0
     workers: int = 1  # processes that fit curvature
@@ -141,10 +145,7 @@ class Fitted:
 
     def segment_factors(self, segment: Segment, checkpoints: list[int]) -> SegmentFactors:
         """EK-FAC over `checkpoints`, on rows that the segment trained on."""
-        seen = np.flatnonzero(self.exposure[:, segment.index])
-        if 0 < self.settings.curvature_examples < len(seen):
-            random = np.random.default_rng([self.settings.seed, segment.index])
-            seen = np.sort(random.choice(seen, self.settings.curvature_examples, replace=False))
+        seen = self._seen(segment, self.settings.curvature_examples)
         adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
         return fit_factors(
             checkpoints,
@@ -161,6 +162,35 @@ class Fitted:
             workers=self.settings.workers,
             device=torch.device("cpu"),
         )
+
+    def _seen(self, segment: Segment, num: int, *salt: int) -> np.ndarray:
+        """`num` of the rows that the segment trained on; 0: all of them."""
+        seen = np.flatnonzero(self.exposure[:, segment.index])
+        if 0 < num < len(seen):
+            random = np.random.default_rng([self.settings.seed, segment.index, *salt])
+            seen = np.sort(random.choice(seen, num, replace=False))
+        return seen
+
+    def product(self, segment: Segment, checkpoints: list[int]) -> Product:
+        """The Gauss-Newton product in the segment, averaged over `checkpoints`, on a fixed set of its rows."""
+        rows = self._seen(segment, self.settings.solver_examples)
+        plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
+        batches = [self.train.batch(rows[chosen].tolist()) for chosen in plan]
+        products = [self._product(segment, self.model(checkpoint), batches) for checkpoint in checkpoints]
+        return lambda v: sum(product(v) for product in products) / len(products)
+
+    def stochastic_products(self, segment: Segment, checkpoint: int) -> Callable[[int], Product]:
+        """For every number, the product on rows drawn afresh, as many as `batch_size` says."""
+        model = self.model(checkpoint)
+        num = max(1, round(self.batch_size / self.train.lengths.mean()))
+
+        def drawn(number: int) -> Product:
+            return self._product(segment, model, [self.train.batch(self._seen(segment, num, number).tolist())])
+
+        return drawn
+
+    def _product(self, segment: Segment, model: nn.Module, batches: list) -> Product:
+        return gauss_newton_product(model, self.layers, batches, task=self.task, weight=1 / segment.tokens_per_document)
 
     def preconditioner(self, checkpoints: list[int]) -> dict[str, Tensor]:
         """AdamW's P by layer, (d_out, d_in), averaged over checkpoints."""

@@ -8,12 +8,20 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tda.baselines import random_scores, token_bm25_scores
 from tda.data import Documents
 from tda.fitted import Fitted
+from tda.ggn import Product, pack, queries_at_once
 from tda.influence import precondition
+from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
+from tda.preconditioner import DiagonalCurvature, plain
 from tda.scores import cosines, source_values
+from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
+from tda.source import SegmentDynamics
+from tda.trajectory import averaged
+from tda.trak import Sketch, features, trak_scores
 
 Method = Callable[[Fitted], np.ndarray]
 
@@ -55,6 +63,121 @@ def source(run: Fitted) -> np.ndarray:
     return source_values(run.query_gradients, run.dynamics, run.segments, exposure=run.exposure, dot=run.dot)
 
 
+def fast_source(run: Fitted) -> np.ndarray:
+    """FAST-SOURCE (Bae et al. 2024): factors and gradients of each segment are those of the average of its checkpoints."""
+    average = averaged(run.run, [segment.checkpoints for segment in run.segments])
+    fast = Fitted(average, run.task, run.train, run.queries, run.settings)
+    return source_values(run.query_gradients, fast.dynamics, fast.segments, exposure=fast.exposure, dot=fast.dot)
+
+
+def source_cg(run: Fitted) -> np.ndarray:
+    """SOURCE with each segment's response solved by conjugate gradients for all layers together (ASTRA-SOURCE, arXiv 2507.14740).
+
+    Raises:
+        ValueError: AdamW's preconditioner enters by the diagonal form, which has no symmetric matrix to solve with.
+    """
+    if any(isinstance(held, DiagonalCurvature) for segment in run.dynamics for held in segment.curvature.values()):
+        raise ValueError(
+            "source_cg: adam is diagonal, a form with no symmetric matrix to solve with; set adam to scalar or symmetric"
+        )
+
+    def solved(ekfac: SegmentDynamics) -> SolvedDynamics:
+        segment = run.segments[ekfac.index]
+        damping = dict.fromkeys(ekfac.curvature, ekfac.weight_decay + 1 / ekfac.time)
+        curvature = DampedCurvature.of(run.layers, ekfac.curvature, damping)
+        product = run.product(segment, segment.checkpoints)
+        return SolvedDynamics(ekfac, lambda query: respond(query, curvature, _by_cg(run, product), queries_at_once=_at_once(run)))
+
+    dynamics = [solved(ekfac) for ekfac in run.dynamics]
+    return source_values(run.query_gradients, dynamics, run.segments, exposure=run.exposure, dot=run.dot)
+
+
+def cg(run: Fitted) -> np.ndarray:
+    """Influence functions by conjugate gradients on the Gauss-Newton matrix (Martens 2010), preconditioned with EK-FAC.
+
+    With no iterations it would be `ekfac_influence`, whose damping it has.
+    """
+    return _solved_influence(run, _by_cg(run, run.product(run.segments[-1], [_final(run)])))
+
+
+def lissa(run: Fitted) -> np.ndarray:
+    """Influence functions by LiSSA (Agarwal et al. 2017, arXiv 1602.03943; Koh and Liang 2017, arXiv 1703.04730)."""
+    products, product = run.stochastic_products(run.segments[-1], _final(run)), run.product(run.segments[-1], [_final(run)])
+
+    def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(run.settings.seed)
+        scale = LISSA_MARGIN * largest_eigenvalue(curvature.times(product), b, iterations=POWER_ITERATIONS, generator=generator)
+        return descend(
+            lambda k: curvature.times(products(k)),
+            b,
+            precondition=lambda v: v / scale,
+            iterations=run.settings.iterations or STOCHASTIC_ITERATIONS,
+        )
+
+    return _solved_influence(run, solver)
+
+
+def astra(run: Fitted) -> np.ndarray:
+    """ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from `ekfac_influence`'s answer."""
+    products = run.stochastic_products(run.segments[-1], _final(run))
+
+    def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
+        return descend(
+            lambda k: curvature.times(products(k)),
+            b,
+            precondition=curvature.approximate_inverse,
+            iterations=run.settings.iterations or STOCHASTIC_ITERATIONS,
+            step_size=0.01,  # this and what follows: their settings
+            momentum=0.9,
+            halve_every=50,
+        )
+
+    return _solved_influence(run, solver)
+
+
+CG_ITERATIONS = 20
+STOCHASTIC_ITERATIONS = 200
+POWER_ITERATIONS = 20
+LISSA_MARGIN = 2.0  # the largest eigenvalue of a few rows is larger than that of many, and power iteration finds it from below
+VALUES_AT_ONCE = 2**23  # numbers of a few queries in the largest vector or activation of a solver
+
+
+def _final(run: Fitted) -> int:
+    return len(run.run.checkpoints) - 1
+
+
+def _at_once(run: Fitted) -> int:
+    positions = max(run.batch_size, int(run.train.lengths.max()))
+    return queries_at_once(run.layers, positions=positions, values=VALUES_AT_ONCE)
+
+
+def _by_cg(run: Fitted, product: Product) -> Solver:
+    iterations = run.settings.iterations or CG_ITERATIONS
+    return lambda curvature, b: conjugate_gradients(
+        curvature.times(product), b, precondition=curvature.approximate_inverse, iterations=iterations
+    )
+
+
+def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
+    """`ekfac_influence`, its answer improved by a solver."""
+    last = run.segments[-1]
+    factors = run.segment_factors(last, [_final(run)]).plain
+    damping = {name: run.settings.damping * held.Lambda.mean().item() for name, held in factors.items()}
+    curvature = DampedCurvature.of(run.layers, {name: plain(held) for name, held in factors.items()}, damping)
+    response = respond(run.query_gradients, curvature, solver, queries_at_once=_at_once(run))
+    return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)
+
+
+def trak(run: Fitted) -> np.ndarray:
+    """TRAK at the last checkpoint (Park et al. 2023, arXiv 2303.14186), on the tracked layers' gradients."""
+    model, query = run.model(-1), pack(run.query_gradients, run.layers)
+    sketch = Sketch.draw(query.shape[1], size=run.settings.projection_size, seed=run.settings.seed, dtype=query.dtype)
+    Phi, Q = query.new_zeros(len(run.train), sketch.size), query.new_zeros(len(run.train))
+    for batch in run.batches():
+        Phi[batch.rows], Q[batch.rows] = features(model, run.layers, batch, task=run.task, sketch=sketch)
+    return trak_scores(sketch.apply(query), Phi, Q).numpy()
+
+
 def random(run: Fitted) -> np.ndarray:
     """A uniform draw per row and query."""
     return np.stack([random_scores(run.train.ids, seed=run.settings.seed + query) for query in range(len(run.queries))])
@@ -77,6 +200,12 @@ METHODS: dict[str, Method] = {
     "tracin": tracin,
     "ekfac_influence": ekfac_influence,
     "source": source,
+    "fast_source": fast_source,
+    "source_cg": source_cg,
+    "cg": cg,
+    "lissa": lissa,
+    "astra": astra,
+    "trak": trak,
     "bm25": bm25,
     "random": random,
 }

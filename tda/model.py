@@ -192,6 +192,13 @@ def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tens
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
 
+def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
+    """`layer_matrix` undone: the weight, and the bias if there is one, by the module's names for them."""
+    weight = matrix if module.bias is None else matrix[:, :-1]
+    as_module = weight if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T
+    return {"weight": as_module.reshape(module.weight.shape)} | ({} if module.bias is None else {"bias": matrix[:, -1]})
+
+
 def input_view(module: nn.Module) -> tuple:
     """What decides, beside the input itself, how a layer sees it: layers that agree in both share one encoding."""
     geometry = (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()

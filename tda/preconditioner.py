@@ -6,6 +6,7 @@ SOURCE appendix C in symmetric form; `w` is decoupled weight decay):
     respond(q) = P^(1/2) F_r(M) P^(1/2) q          decay(q) = P^(-1/2) F_S(M) P^(1/2) q      (the transpose of exp(-eta K P H))
 
 `M` is an EK-FAC of gradients scaled by P^(1/2). A scalar P per layer multiplies the eigenvalues of a plain EK-FAC; SGD is P = 1.
+The paper's own form takes the exponential of P H on the diagonal, and the inverse of H from EK-FAC (`DiagonalCurvature`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from tda.ekfac import EKFAC, Covariances, eigenbasis
 from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.projection import append_one
-from tda.spectral import segment_decay, segment_response
+from tda.spectral import damped_inverse, segment_decay, segment_response
 from tda.task import Task
 
 
@@ -39,6 +40,36 @@ class LayerCurvature:
     def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
         """The query seen from the segment's beginning."""
         return self.M.apply(segment_decay(time, weight_decay=weight_decay), self.root_P * q) / self.root_P
+
+
+NEARLY_UNDAMPED = 1e-8  # of the mean eigenvalue: the paper's form inverts H as it is
+
+
+@dataclass(frozen=True)
+class DiagonalCurvature:
+    """The hybrid of SOURCE's appendix D (equation 43): exp(-eta K P H) on the diagonal, H^-1 by EK-FAC.
+
+    `respond` is H^-1 (1 - exp(-eta K (P diag(H) + w))): the two approximations do not cancel where H is small, and H^-1 is hardly
+    damped, so that what they disagree on is enlarged. The symmetric form above has neither.
+    """
+
+    H: EKFAC
+    P: Float[Tensor, "d_out d_in"]
+
+    def respond(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
+        """How a query feels a gradient that acts all through the segment."""
+        damping = NEARLY_UNDAMPED * self.H.Lambda.mean().item()
+        return self.H.apply(damped_inverse(damping), -torch.expm1(-time * self._rate(weight_decay)) * q)
+
+    def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
+        """The query seen from the segment's beginning."""
+        return torch.exp(-time * self._rate(weight_decay)) * q
+
+    def _rate(self, weight_decay: float) -> Float[Tensor, "d_out d_in"]:
+        return self.P * (self.H.Q_S.square() @ self.H.Lambda @ self.H.Q_A.square().T) + weight_decay
+
+
+Curvature = LayerCurvature | DiagonalCurvature
 
 
 def plain(factors: EKFAC) -> LayerCurvature:

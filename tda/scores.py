@@ -11,7 +11,7 @@ from torch import Tensor
 from tda.model import Layer
 from tda.projection import Projection
 from tda.segments import Segment
-from tda.source import Gradients, SegmentDynamics, walk_back
+from tda.source import Dynamics, Gradients, walk_back
 
 Dot = Callable[[Segment, int, Gradients], np.ndarray]
 """`dot(segment, checkpoint, response)`: (document, query) dot products of a response to queries, of whatever shape the segment's
@@ -36,7 +36,7 @@ class Scores:
 
 
 def source_values(
-    query: Gradients, dynamics: Sequence[SegmentDynamics], segments: Sequence[Segment], *, exposure: np.ndarray, dot: Dot
+    query: Gradients, dynamics: Sequence[Dynamics], segments: Sequence[Segment], *, exposure: np.ndarray, dot: Dot
 ) -> np.ndarray:
     """SOURCE scores (query, document).
 

@@ -10,20 +10,39 @@ score is the predicted rise of the query's cost when the document is left out: p
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tda.preconditioner import LayerCurvature
+from tda.preconditioner import Curvature
 
 Gradients = dict[str, Tensor]  # by layer, (query, d_out, d_in)
 
 
-@dataclass(frozen=True)
-class SegmentDynamics:
+@runtime_checkable
+class Dynamics(Protocol):
     """What a segment does to a query."""
 
+    @property
+    def index(self) -> int:
+        """The segment's number."""
+        ...
+
+    def respond(self, query: Gradients) -> Gradients:
+        """How the query feels a gradient that acts all through the segment."""
+        ...
+
+    def decay(self, query: Gradients) -> Gradients:
+        """The query seen from the segment's beginning."""
+        ...
+
+
+@dataclass(frozen=True)
+class SegmentDynamics:
+    """`Dynamics`, layer by layer."""
+
     index: int
-    curvature: dict[str, LayerCurvature]
+    curvature: dict[str, Curvature]
     time: float  # eta_bar K
     weight_decay: float
 
@@ -42,7 +61,7 @@ class SegmentDynamics:
         }
 
 
-def walk_back(query: Gradients, segments: Sequence[SegmentDynamics]) -> Iterator[tuple[SegmentDynamics, Gradients]]:
+def walk_back(query: Gradients, segments: Sequence[Dynamics]) -> Iterator[tuple[Dynamics, Gradients]]:
     """Every segment, the last one first, with the query's response there."""
     for segment in reversed(segments):
         yield segment, segment.respond(query)

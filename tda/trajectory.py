@@ -5,7 +5,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -80,6 +80,31 @@ class Run:
         model = copy.deepcopy(self.model)
         model.load_state_dict(self.checkpoints[index].weights, strict=False)  # names of tied weights may be left out
         return model.eval()
+
+
+def averaged(run: Run, groups: Sequence[Sequence[int]]) -> Run:
+    """The run with each group of checkpoints, by index, made one: the mean of their weights, at the step of the last of them.
+
+    AdamW's second moments are averaged with their bias corrected, and the last step's bias put back.
+    """
+
+    def debiased(checkpoint: Checkpoint, name: str) -> Tensor:
+        return checkpoint.second_moments[name] / (1 - run.optimizer.beta2**checkpoint.step)
+
+    def one(indices: Sequence[int]) -> Checkpoint:
+        held = [run.checkpoints[index] for index in indices]
+        last = held[-1]
+        bias = 1 - run.optimizer.beta2**last.step
+        return Checkpoint(
+            last.step,
+            {
+                name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
+                for name, value in last.weights.items()
+            },
+            {name: bias * sum(debiased(each, name) for each in held) / len(held) for name in last.second_moments},
+        )
+
+    return replace(run, checkpoints=[one(indices) for indices in groups])
 
 
 class Recorder:

@@ -1,0 +1,97 @@
+"""Products with the Gauss-Newton matrix of the training loss over all tracked layers together, which is never formed.
+
+    G v = mean over rows of  w sum over terms of  J^T H J v
+
+`J` is the derivative of a term's outputs by the tracked weights, `H` the second derivative of its loss by the outputs (Martens
+2020, section 3), `w` the training loss's factor on a row's summed loss: the unit of `EKFAC.Lambda`. A vector is a row per query,
+the layers' (d_out, d_in) matrices side by side.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tda.data import Batch, TensorBatch
+from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, plain_head
+from tda.task import Task
+
+Product = Callable[[Float[Tensor, "query value"]], Float[Tensor, "query value"]]
+
+
+def pack(matrices: dict[str, Float[Tensor, "*query d_out d_in"]], layers: Sequence[Layer]) -> Float[Tensor, "*query value"]:
+    """The layers' matrices as one row."""
+    return torch.cat([matrices[layer.name].flatten(-2) for layer in layers], dim=-1)
+
+
+def unpack(values: Float[Tensor, "*query value"], layers: Sequence[Layer]) -> dict[str, Float[Tensor, "*query d_out d_in"]]:
+    """`pack` undone."""
+    parts = values.split([layer.d_out * layer.d_in for layer in layers], dim=-1)
+    return {layer.name: part.unflatten(-1, (layer.d_out, layer.d_in)) for layer, part in zip(layers, parts, strict=True)}
+
+
+def gauss_newton_product(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch | TensorBatch], *, task: Task, weight: float
+) -> Product:
+    """The product with the mean over the rows of `batches`; `weight` is `w` above.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout makes every product another one; call model.eval() first")
+    plain_head(model)  # what it has to run, it runs before it is differentiated
+    network, modules = _Outputs(model, task), linear_modules(model)
+    weights = {
+        layer.name: layer_matrix(modules[layer.name], *(None if p is None else p.detach() for p in _held(modules[layer.name])))
+        for layer in layers
+    }
+    num_rows = sum(len(batch.rows) for batch in batches)
+
+    def of_batch(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
+        def outputs(matrices: dict[str, Tensor]) -> Tensor:
+            named = {
+                f"model.{name}.{key}": value
+                for name, matrix in matrices.items()
+                for key, value in layer_parameters(modules[name], matrix).items()
+            }
+            return functional_call(network, named, (batch,))
+
+        def slopes(z: Tensor) -> Tensor:
+            return grad(lambda z: task.output_losses(z, batch).sum())(z)
+
+        z, pull = vjp(outputs, weights)
+        Jv = vmap(lambda t: jvp(outputs, (weights,), (unpack(t, layers),))[1])(v)
+        HJv = vmap(lambda t: jvp(slopes, (z,), (t,))[1])(Jv)
+        return vmap(lambda t: pack(pull(t)[0], layers))(HJv)
+
+    def product(v: Float[Tensor, "query value"]) -> Float[Tensor, "query value"]:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward derivative
+            return sum(of_batch(batch, v) for batch in batches) * (weight / num_rows)
+
+    return product
+
+
+def _held(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
+
+
+class _Outputs(nn.Module):
+    """A task's outputs on a batch, as a module around the model, whose weights `functional_call` can set."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, batch: Batch | TensorBatch) -> Float[Tensor, "term output"]:
+        return self.task.outputs(self.model, batch)
+
+
+def queries_at_once(layers: Sequence[Layer], *, positions: int, values: int) -> int:
+    """How many queries have about `values` numbers in a vector, or in one layer at a batch's `positions`; at least one."""
+    vector = sum(layer.d_out * layer.d_in for layer in layers)
+    return max(1, values // max(vector, positions * max(max(layer.d_out, layer.d_in) for layer in layers)))
