@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add(commands, _verify, "check the rows of the gradient store against their manifests", "verify")
 
+    _add_evaluate(commands)
+
     gc = _add(commands, _gc, "remove what nothing refers to any more", "gc --dry-run")
     gc.add_argument("--dry-run", action="store_true", help="only list it")
     return parser
@@ -136,6 +138,91 @@ def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
         command.set_defaults(index=None)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    purpose = "how well attribution methods predict what removing data does"
+    evaluate = commands.add_parser(
+        "evaluate",
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example:\n  tda evaluate lds --bank bank.npz\n\n{EXIT_CODES}",
+        formatter_class=_HelpFormatter,
+    )
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND [OPTION]", title="kinds")
+
+    lds = _add_evaluation(
+        kinds,
+        _evaluate_lds,
+        "scores against retraining on random subsets",
+        "lds --bank bank.npz --methods ekfac_influence,source",
+    )
+    _add_runs(lds, "--seeds")
+
+    removal = _add_evaluation(
+        kinds, _evaluate_removal, "remove a query's top rows, retrain, compare with random", "removal --remove 10,50 --queries 20"
+    )
+    _add_runs(removal, "--runs")
+    removal.add_argument("--seeds", type=_positive, default=3, metavar="N", help="retrainings of each (default: %(default)s)")
+    removal.add_argument("--queries", type=_positive, default=10, metavar="N", help="how many queries (default: %(default)s)")
+    removal.add_argument(
+        "--remove", type=_counts, metavar="N,N", help="numbers of rows to remove (default: 0.5%% to 8%% of them)"
+    )
+    removal.add_argument("--together", action="store_true", help="remove for all queries at once, by their summed scores")
+
+    mislabelled = _add_evaluation(
+        kinds, _evaluate_mislabelled, "rank suspected bad rows against known ones", "mislabelled --bank bank.npz --by queries"
+    )
+    _add_runs(mislabelled, "--seeds")
+    mislabelled.add_argument("--bad", type=Path, metavar="FILE", help="numbers of the bad rows, from 0 (default: the bank's own)")
+    mislabelled.add_argument(
+        "--by",
+        choices=["queries", "self"],
+        default="self",
+        help="rank by self-influence, or by harm to the queries (default: %(default)s)",
+    )
+
+    bank = _add_kind(
+        kinds, _evaluate_bank, "make a bank: retrain on random halves of the rows", "bank rows.npz bank.npz --subsets 100"
+    )
+    bank.add_argument("data", type=Path, metavar="DATA", help=".npz with x_train, y_train, x_query, y_query, recipe (JSON)")
+    bank.add_argument("out", type=Path, metavar="OUT", help="the bank to write, .npz; a killed run goes on")
+    bank.add_argument("--subsets", type=_positive, default=100, metavar="N", help="random halves (default: %(default)s)")
+    bank.add_argument("--repeats", type=_positive, default=10, metavar="N", help="models on each (default: %(default)s)")
+    bank.add_argument("--seed", type=int, default=0, metavar="N", help="of subsets and models (default: %(default)s)")
+
+
+def _add_evaluation(kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
+    command = _add_kind(kinds, run, purpose, example)
+    command.add_argument("--bank", type=Path, metavar="FILE", help="bank of measurements (default: make a small one, once)")
+    command.add_argument(
+        "--methods", metavar="A,B", help="methods, with settings as in source:num_segments=2 (default: the usual)"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="where to write the result (default: in the work folder)")
+    command.add_argument("--plot", type=_plot_file, metavar="FILE", help="its plot, .png or .svg (default: beside the JSON)")
+    command.add_argument(
+        "--work", type=Path, default=Path("data/evaluate"), metavar="FOLDER", help="keeps runs and scores (default: %(default)s)"
+    )
+    return command
+
+
+def _add_kind(kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
+    command = kinds.add_parser(
+        example.split()[0],
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=f"example:\n  tda evaluate {example}\n\n{EXIT_CODES}",
+        formatter_class=_HelpFormatter,
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+    return command
+
+
+def _add_runs(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument(
+        name, dest="runs", type=_positive, default=3, metavar="N", help="models to attribute (default: %(default)s)"
+    )
+
+
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -144,6 +231,16 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more; got {text}")
     return number
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _plot_file(text: str) -> Path:
+    if (path := Path(text)).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png or .svg; got {text}")
+    return path
 
 
 def _date(text: str) -> date:
@@ -244,6 +341,46 @@ def _verify(options: argparse.Namespace) -> int:
     if not problems:
         print("verified: the store holds the rows that data/gradients names (`dvc status` checks the other files)")
     return MISMATCH if problems else OK
+
+
+def _request(options: argparse.Namespace) -> object:
+    from tda.evaluate_commands import Request
+
+    return Request(options.bank, options.methods, options.runs, options.work, options.json, options.plot)
+
+
+def _evaluate_lds(options: argparse.Namespace) -> int:
+    from tda.evaluate_commands import lds
+
+    lds(_request(options))
+    return OK
+
+
+def _evaluate_removal(options: argparse.Namespace) -> int:
+    from tda.evaluate_commands import removal
+
+    removal(
+        _request(options),
+        counts=options.remove,
+        num_queries=options.queries,
+        num_retrainings=options.seeds,
+        together=options.together,
+    )
+    return OK
+
+
+def _evaluate_mislabelled(options: argparse.Namespace) -> int:
+    from tda.evaluate_commands import mislabelled
+
+    mislabelled(_request(options), bad=options.bad, by=options.by)
+    return OK
+
+
+def _evaluate_bank(options: argparse.Namespace) -> int:
+    from tda.evaluate_commands import make
+
+    make(options.data, options.out, num_subsets=options.subsets, repeats=options.repeats, seed=options.seed)
+    return OK
 
 
 def _gc(options: argparse.Namespace) -> int:

@@ -1,0 +1,200 @@
+"""Runs on all rows of a bank, and what methods say of them; both kept in files, so that nothing is worked out twice.
+
+A run is kept under the digest of data, recipe and the code that trains, scores under that of all the code: after a change of
+either they are made again.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tda.artifacts import only_run, read_json, whole, write_json
+from tda.bank_data import BankData
+from tda.bank_training import ATTRIBUTED, initial_model, train_run
+from tda.make_bank import num_processes
+from tda.parallel import worker_pool
+from tda.recipe import Recipe
+from tda.run_files import load_run, read_run_facts, save_run
+from tda.trajectory import Run
+from tda.usage import Usage, measured
+
+NUM_CHECKPOINTS = 6
+TRAINING_CODE = ("bank_training.py", "losses.py", "task.py", "trajectory.py")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with settings of its own, as `source:adam=symmetric:num_segments=2`."""
+
+    label: str
+    method: str
+    settings: dict[str, object]
+
+
+def parse_variant(text: str) -> Variant:
+    """The variant that `text` names.
+
+    Raises:
+        ValueError: there is no such method or setting.
+    """
+    from tda.fitted import Settings
+    from tda.methods import METHODS
+
+    method, *pairs = text.split(":")
+    if method not in METHODS:
+        raise ValueError(f"--methods: unknown method {method!r}; known are {', '.join(METHODS)}")
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--methods: {text}: expected METHOD:SETTING=VALUE; got {pair!r}")
+        settings[name] = _parsed(value)
+    Settings.of(**settings)
+    return Variant(text, method, settings)
+
+
+def _parsed(value: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method says of one run, and what it took."""
+
+    values: np.ndarray  # (query, row), or (row) of rows for themselves
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """Recorded runs and scores of one bank below `folder`."""
+
+    data: BankData
+    recipe: Recipe
+    folder: Path
+    num_checkpoints: int = NUM_CHECKPOINTS
+    workers: int = 0  # 0: one per core
+
+    def _key(self, *more: str) -> str:
+        digest = xxhash.xxh3_64(self.data.digest(self.recipe).encode())
+        for part in (str(self.num_checkpoints), *more):
+            digest.update(part.encode())
+        return digest.hexdigest()
+
+    def _run_folder(self, seed: int) -> Path:
+        return self.folder / "runs" / f"{self._key(code_digest(TRAINING_CODE))}-{seed}"
+
+    def _scores_path(self, kind: str, variant: Variant, seed: int) -> Path:
+        return self.folder / "scores" / f"{kind}{variant.method}-{self._key(code_digest(), variant.label)}-{seed}.npy"
+
+    def run(self, seed: int) -> Run:
+        """The run of `seed`, which `train` has made."""
+        return load_run(self._run_folder(seed), initial_model(self.recipe, (ATTRIBUTED, seed, 0)))
+
+    def training_seconds(self, seed: int) -> float:
+        """Processor time that the run of `seed` took."""
+        return read_run_facts(self._run_folder(seed))["facts"]["cpu_seconds"]
+
+    def train(self, seeds: Sequence[int]) -> None:
+        """Make the runs that are not there yet, in parallel."""
+        missing = [seed for seed in seeds if not self._run_folder(seed).exists()]
+        data = self.data.train(self.recipe)
+
+        def work(seed: int) -> None:
+            with measured() as usage:
+                run = train_run(
+                    data,
+                    self.recipe,
+                    rows=np.arange(len(data)),
+                    seed=(ATTRIBUTED, seed, 0),
+                    num_checkpoints=self.num_checkpoints,
+                )
+            save_run(self._run_folder(seed), run, cpu_seconds=usage.cpu_seconds)
+
+        self._each(work, missing, "training the models to attribute", "run")
+
+    def scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
+        """By variant, its (query, row) scores of every seed's run; made where they are missing, runs too."""
+        from tda.attribute import attribute
+
+        train, queries = self.data.train(self.recipe), self.data.queries(self.recipe)
+        return self._made(
+            "",
+            variants,
+            seeds,
+            lambda run, variant, settings: attribute(variant.method, run, self.recipe.task, train, queries, **settings).values,
+        )
+
+    def self_scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
+        """By variant, the (row,) score of every row for itself, of every seed's run."""
+        from tda.fitted import Fitted, Settings
+        from tda.self_influence import self_scores
+
+        train = self.data.train(self.recipe)
+
+        def work(run: Run, variant: Variant, settings: dict) -> np.ndarray:
+            return self_scores(variant.method, Fitted(run, self.recipe.task, train, train, Settings.of(**settings)))
+
+        return self._made("self-", variants, seeds, work)
+
+    def _made(self, kind: str, variants: Sequence[Variant], seeds: Sequence[int], score: Callable) -> dict[str, list[Scored]]:
+        self.train(seeds)
+
+        def work(item: tuple[Variant, int]) -> None:
+            variant, seed = item
+            run, path = self.run(seed), self._scores_path(kind, variant, seed)
+            with contextlib.redirect_stderr(_NoTerminal(sys.stderr)), measured() as usage:
+                values = score(run, variant, {"seed": 1000 * seed} | variant.settings)
+            write_json(path.with_suffix(".json"), asdict(usage))
+            with whole(path) as part, part.open("wb") as file:
+                np.save(file, values)
+
+        pairs = [(variant, seed) for seed in seeds for variant in variants]
+        self._each(work, [pair for pair in pairs if not self._scores_path(kind, *pair).exists()], "scoring", "run")
+        return {variant.label: [self._read(self._scores_path(kind, variant, seed)) for seed in seeds] for variant in variants}
+
+    def _read(self, path: Path) -> Scored:
+        return Scored(np.load(path), Usage(**read_json(path.with_suffix(".json"), stage="evaluate")))
+
+    def _each(self, work: Callable, items: Sequence, description: str, unit: str) -> None:
+        with (
+            only_run(self.folder / f"{self._key()}.lock"),
+            worker_pool(work, workers=min(self.workers or num_processes(), len(items))) as call,
+        ):
+            for _done in call(items, description, unit):
+                pass
+
+
+class _NoTerminal:
+    """A stream on which no progress bar is drawn, so that those of methods do not get in the way of our own."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@functools.cache
+def code_digest(names: tuple[str, ...] | None = None) -> str:
+    """A digest of this package's modules, of all or of those in `names`; the same for as long as the process lives."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if names is None or path.name in names:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
