@@ -111,20 +111,24 @@ def test_tracin_sums_dot_products_over_checkpoints():
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "bm25"])
 def test_every_method_scores_every_model(kind, optimizer, method):
     run, task, train, queries = setting(kind, optimizer)
-    scores = attribute(method, run, task, train, queries, num_segments=2)
+    scores = attribute(method, run, task, train, queries, num_segments=2, iterations=2)
     assert scores.values.shape == (3, 12)
     assert np.isfinite(scores.values).all()
     assert np.abs(scores.values).max() > 0
-    twice = attribute(method, run, task, train, queries, num_segments=2)
+    twice = attribute(method, run, task, train, queries, num_segments=2, iterations=2)
     assert np.array_equal(scores.values, twice.values)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "bm25"])
+SAMPLED = ("source", "fast_source", "source_cg", "ekfac_influence", "cg")  # labels of curvature are drawn afresh in other batches
+STOCHASTIC = ("lissa", "astra")  # the batches are what they solve with
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("bm25", *STOCHASTIC)])
 def test_batching_changes_nothing(method):
     run, task, train, queries = setting("classification")
     whole = attribute(method, run, task, train, queries, num_segments=2)
     small = attribute(method, run, task, train, queries, num_segments=2, batch_size=5)
-    if method in ("source", "ekfac_influence"):  # labels are sampled afresh in other batches
+    if method in SAMPLED:
         assert np.corrcoef(whole.values.ravel(), small.values.ravel())[0, 1] > 0.9
     else:
         torch.testing.assert_close(torch.from_numpy(whole.values), torch.from_numpy(small.values))
