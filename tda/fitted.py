@@ -33,9 +33,10 @@ class Settings:
     segments_by: Literal["steps", "learning_rate"] = "steps"
     layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
-    damping: float = 0.1  # influence functions: in mean eigenvalues of each layer
+    damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
     iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
+    solver_damping: float = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
     solver_examples: int = 512  # rows whose curvature conjugate gradients solve with; 0: all
     projection_size: int = 512  # values of a gradient in TRAK
     batch_size: int = 0  # tokens of documents, or examples, at once; 0: 4096 and 256

@@ -57,7 +57,7 @@ def descend(
     if not torch.isfinite(x).all():
         raise ValueError(
             f"attribute: {iterations} stochastic iterations have diverged; expected a curvature that varies less from batch to "
-            "batch; set batch_size or damping higher, or use cg"
+            "batch; set batch_size or solver_damping higher, or use cg"
         )
     return x
 

@@ -95,7 +95,7 @@ def source_cg(run: Fitted) -> np.ndarray:
 def cg(run: Fitted) -> np.ndarray:
     """Influence functions by conjugate gradients on the Gauss-Newton matrix (Martens 2010), preconditioned with EK-FAC.
 
-    With no iterations it would be `ekfac_influence`, whose damping it has.
+    The damping of the solvers is `1/(eta_bar K)`, what training's end implies (see `_solved_influence`).
     """
     return _solved_influence(run, _by_cg(run, run.product(run.segments[-1], [_final(run)])))
 
@@ -118,7 +118,7 @@ def lissa(run: Fitted) -> np.ndarray:
 
 
 def astra(run: Fitted) -> np.ndarray:
-    """ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from `ekfac_influence`'s answer."""
+    """ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from EK-FAC's answer."""
     products = run.stochastic_products(run.segments[-1], _final(run))
 
     def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
@@ -159,10 +159,14 @@ def _by_cg(run: Fitted, product: Product) -> Solver:
 
 
 def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
-    """`ekfac_influence`, its answer improved by a solver."""
+    """Influence functions at the last checkpoint, EK-FAC's answer improved by a solver.
+
+    Damped by one number for all layers; if none is set, by the mean of SOURCE's 1/(eta_bar K), weighted by steps, as ASTRA is.
+    """
     last = run.segments[-1]
     factors = run.segment_factors(last, [_final(run)]).plain
-    damping = {name: run.settings.damping * held.Lambda.mean().item() for name, held in factors.items()}
+    implied = np.average([1 / segment.time for segment in run.segments], weights=[segment.num_steps for segment in run.segments])
+    damping = dict.fromkeys(factors, run.settings.solver_damping or float(implied))
     curvature = DampedCurvature.of(run.layers, {name: plain(held) for name, held in factors.items()}, damping)
     response = respond(run.query_gradients, curvature, solver, queries_at_once=_at_once(run))
     return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)
