@@ -1,6 +1,7 @@
 """`attribute`: scores of training rows for queries, of any model, by any method."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tda.data import Data
 from tda.fitted import Fitted, Settings
@@ -24,5 +25,8 @@ def attribute(method: str, runs: Run | Sequence[Run], task: Task, train: Data, q
     if not runs:
         raise ValueError("attribute: no run; expected one or more")
     chosen = Settings.of(**settings)
-    values = sum(METHODS[method](Fitted(run, task, train, queries, chosen)) for run in runs) / len(runs)
+    values = sum(
+        METHODS[method](Fitted(run, task, train, queries, replace(chosen, seed=chosen.seed + number)))  # draws of its own
+        for number, run in enumerate(runs)
+    ) / len(runs)
     return Scores(values, queries.ids, train.ids)

@@ -5,7 +5,7 @@ computed when they are needed instead of being read from a store.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
@@ -18,7 +18,6 @@ from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
-from tda.preconditioner import adam_preconditioner
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, segment_ends
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
@@ -34,6 +33,12 @@ class Settings:
     layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
     damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
+    counterfactual_end: float = 0.5  # averaged_influence: where, in parts of the run, training without the row would end
+    damping_scale: float = 4.0  # averaged_influence: of 1/(eta_bar K)
+    rounds: int = 2  # averaged_influence: of block Krylov
+    solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
+    ridge_scale: float = 5.0  # surrogate: in 2/(eta_bar K) + weight decay
+    splits: int = 4  # surrogate: random splits of the rows in two halves
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
     iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
     solver_damping: float = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
@@ -195,21 +200,20 @@ class Fitted:
 
     def preconditioner(self, checkpoints: list[int]) -> dict[str, Tensor]:
         """AdamW's P by layer, (d_out, d_in), averaged over checkpoints."""
-        modules = linear_modules(self.run.model)
-        sums: dict[str, Tensor] = {}
-        for index in checkpoints:
-            P = self._elementwise_preconditioner(index)
-            for layer in self.layers:
-                bias = P[f"{layer.name}.bias"] if layer.bias else None
-                matrix = layer_matrix(modules[layer.name], P[f"{layer.name}.weight"], bias)
-                sums[layer.name] = sums.get(layer.name, 0) + matrix / len(checkpoints)
-        return sums
+        each = [self.second_moments(index) for index in checkpoints]
+        epsilon = self.run.optimizer.epsilon
+        return {layer.name: sum(1 / (v[layer.name].sqrt() + epsilon) for v in each) / len(each) for layer in self.layers}
 
-    def _elementwise_preconditioner(self, index: int) -> dict[str, Tensor]:
-        checkpoint, optimizer = self.run.checkpoints[index], self.run.optimizer
+    def second_moments(self, index: int) -> dict[str, Tensor]:
+        """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""
+        checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
+        v, bias = checkpoint.second_moments, 1 - self.run.optimizer.beta2**checkpoint.step
         return {
-            name: adam_preconditioner(v, step=checkpoint.step, beta2=optimizer.beta2, epsilon=optimizer.epsilon)
-            for name, v in checkpoint.second_moments.items()
+            layer.name: layer_matrix(
+                modules[layer.name], v[f"{layer.name}.weight"], v[f"{layer.name}.bias"] if layer.bias else None
+            )
+            / bias
+            for layer in self.layers
         }
 
     @cached_property
@@ -220,7 +224,3 @@ class Fitted:
             SegmentDynamics(segment.index, held.curvature(adam), segment.time, self.run.optimizer.weight_decay)
             for segment, held in zip(self.segments, self.factors, strict=True)
         ]
-
-    def provenance(self) -> dict:
-        """The settings, as they were used."""
-        return asdict(self.settings) | {"batch_size": self.batch_size}

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Rows = Float[Tensor, "query value"]
+ENERGY_FLOOR = 1e-6  # of the largest: directions below it are rounding errors of float32 products
 Map = Callable[[Tensor], Tensor]  # (query, value) to (query, value), row by row
 
 
@@ -30,6 +31,37 @@ def conjugate_gradients(product: Map, b: Rows, *, precondition: Map, iterations:
         before, rz = rz, _dots(r, z)
         p = z + torch.where(before > floor, rz / before, torch.zeros_like(rz)) * p
     return x
+
+
+def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Rows:
+    """Galerkin's solution in the space of all rows' search directions together; `product` and `precondition` as above.
+
+    Round k adds every row's preconditioned residual to the space (block conjugate gradients, O'Leary 1980, without its short
+    recurrence, which loses rank where queries are alike). A round costs what an iteration of conjugate gradients costs, and with
+    many rows is worth several: each row is also solved along the others' directions. Memory: 2 `rounds` tensors like `b`.
+    """
+    x = torch.zeros_like(b)
+    r = b
+    searched: list[Tensor] = []
+    products: list[Tensor] = []
+    for _ in range(rounds):
+        searched.append(precondition(r))
+        products.append(product(searched[-1]))
+        S, AS = torch.cat(searched), torch.cat(products)
+        coordinates = _galerkin((S @ AS.T).double(), (S @ b.T).double()).to(b.dtype)
+        x, r = coordinates.T @ S, b - coordinates.T @ AS
+    return x
+
+
+def _galerkin(
+    SAS: Float[Tensor, "direction direction"], Sb: Float[Tensor, "direction query"]
+) -> Float[Tensor, "direction query"]:
+    """`(S A S^T)^-1 S b`, along directions of unit energy, without those that are lost in rounding."""
+    scale = SAS.diagonal().clamp_min(torch.finfo(SAS.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh((SAS + SAS.T) / 2 * scale * scale[:, None])
+    kept = values > ENERGY_FLOOR * values[-1]
+    inside = vectors[:, kept]
+    return scale[:, None] * (inside @ ((inside.T @ (scale[:, None] * Sb)) / values[kept, None]))
 
 
 def descend(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda.averaged_influence import averaged_influence_scores
 from tda.baselines import random_scores, token_bm25_scores
 from tda.data import Documents
 from tda.fitted import Fitted
@@ -20,6 +21,7 @@ from tda.preconditioner import DiagonalCurvature, plain
 from tda.scores import cosines, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import SegmentDynamics
+from tda.surrogate import surrogate_scores
 from tda.trajectory import averaged
 from tda.trak import Sketch, features, trak_scores
 
@@ -182,6 +184,16 @@ def trak(run: Fitted) -> np.ndarray:
     return trak_scores(sketch.apply(query), Phi, Q).numpy()
 
 
+def averaged_influence(run: Fitted) -> np.ndarray:
+    """Influence where the counterfactual training ends, at averaged weights, solved for all layers (`averaged_influence.py`)."""
+    return averaged_influence_scores(run)
+
+
+def surrogate(run: Fitted) -> np.ndarray:
+    """Kernel machines in the run's own tangent space, retrained on random halves (`surrogate.py`)."""
+    return surrogate_scores(run)
+
+
 def random(run: Fitted) -> np.ndarray:
     """A uniform draw per row and query."""
     return np.stack([random_scores(run.train.ids, seed=run.settings.seed + query) for query in range(len(run.queries))])
@@ -210,6 +222,8 @@ METHODS: dict[str, Method] = {
     "lissa": lissa,
     "astra": astra,
     "trak": trak,
+    "averaged_influence": averaged_influence,
+    "surrogate": surrogate,
     "bm25": bm25,
     "random": random,
 }

@@ -17,7 +17,12 @@ def save_run(folder: Path, run: Run, **facts: object) -> None:
         part.mkdir()
         _save(part / "initial.safetensors", weights=run.initial)
         for index, checkpoint in enumerate(run.checkpoints):
-            _save(part / f"{index}.safetensors", weights=checkpoint.weights, second_moments=checkpoint.second_moments)
+            _save(
+                part / f"{index}.safetensors",
+                weights=checkpoint.weights,
+                second_moments=checkpoint.second_moments,
+                mean_weights=checkpoint.mean_weights,
+            )
         np.savez(
             part / "steps.npz",
             learning_rates=run.learning_rates,
@@ -37,7 +42,7 @@ def load_run(folder: Path, model: nn.Module) -> Run:
     checkpoints = []
     for index, step in enumerate(about["checkpoints"]):
         held = _load(folder / f"{index}.safetensors")
-        checkpoints.append(Checkpoint(step, held["weights"], held["second_moments"]))
+        checkpoints.append(Checkpoint(step, held["weights"], held["second_moments"], held["mean_weights"]))
     initial = _load(folder / "initial.safetensors")["weights"]
     return Run(model, checkpoints, rates, batches, Optimizer(**about["optimizer"]), initial)
 
@@ -52,7 +57,7 @@ def _save(path: Path, **kinds: dict[str, Tensor]) -> None:
 
 
 def _load(path: Path) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {"weights": {}, "second_moments": {}}
+    found: dict[str, dict[str, Tensor]] = {"weights": {}, "second_moments": {}, "mean_weights": {}}
     for key, value in load_file(path).items():
         kind, _, name = key.partition("/")
         found[kind][name] = value

@@ -5,7 +5,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -28,11 +28,16 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name."""
+    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name.
+
+    `mean_weights` are the means over the steps since the checkpoint before: what training did there without the noise of its
+    batches.
+    """
 
     step: int
     weights: dict[str, Tensor]
     second_moments: dict[str, Tensor]  # empty for SGD
+    mean_weights: dict[str, Tensor] = field(default_factory=dict)  # empty if not recorded
 
 
 @dataclass(frozen=True)
@@ -83,28 +88,39 @@ class Run:
 
 
 def averaged(run: Run, groups: Sequence[Sequence[int]]) -> Run:
-    """The run with each group of checkpoints, by index, made one: the mean of their weights, at the step of the last of them.
+    """The run with each group of checkpoints, by index, made one: the mean of their weights, at the step of the last of them."""
+    held = [[run.checkpoints[index] for index in indices] for indices in groups]
+    return replace(run, checkpoints=[_mean(each, run.optimizer, step=each[-1].step) for each in held])
 
-    AdamW's second moments are averaged with their bias corrected, and the last step's bias put back.
+
+def at_mean(run: Run, indices: Sequence[int]) -> Run:
+    """The run with one checkpoint, at its end, of the mean weights of all steps between these checkpoints and those before them.
+
+    Where no mean weights were recorded, of the mean of the checkpoints.
     """
+    held = [run.checkpoints[index] for index in indices]
+    means = [replace(each, weights=each.weights | each.mean_weights) for each in held]
+    return replace(run, checkpoints=[_mean(means, run.optimizer, step=len(run.learning_rates))])
+
+
+def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Checkpoint:
+    """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that of the step."""
 
     def debiased(checkpoint: Checkpoint, name: str) -> Tensor:
-        return checkpoint.second_moments[name] / (1 - run.optimizer.beta2**checkpoint.step)
+        return checkpoint.second_moments[name] / (1 - optimizer.beta2**checkpoint.step)
 
-    def one(indices: Sequence[int]) -> Checkpoint:
-        held = [run.checkpoints[index] for index in indices]
-        last = held[-1]
-        bias = 1 - run.optimizer.beta2**last.step
-        return Checkpoint(
-            last.step,
-            {
-                name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
-                for name, value in last.weights.items()
-            },
-            {name: bias * sum(debiased(each, name) for each in held) / len(held) for name in last.second_moments},
-        )
-
-    return replace(run, checkpoints=[one(indices) for indices in groups])
+    last = held[-1]
+    return Checkpoint(
+        step,
+        {
+            name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
+            for name, value in last.weights.items()
+        },
+        {
+            name: (1 - optimizer.beta2**step) * sum(debiased(each, name) for each in held) / len(held)
+            for name in last.second_moments
+        },
+    )
 
 
 class Recorder:
@@ -133,15 +149,34 @@ class Recorder:
         self._checkpoints: list[Checkpoint] = []
         self._learning_rates: list[float] = []
         self._batches: list[np.ndarray] = []
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
 
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
         """Take down an optimizer step on the training rows numbered `rows`; before a scheduler changes the learning rate."""
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
         self._batches.append(np.array(rows, dtype=np.int64))
+        self._add_weights()
         if len(self._batches) in self._at:
             self._checkpoints.append(
-                Checkpoint(len(self._batches), _copy(self._model.state_dict()), second_moments(self._model, self._optimizer))
+                Checkpoint(
+                    len(self._batches),
+                    _copy(self._model.state_dict()),
+                    second_moments(self._model, self._optimizer),
+                    {name: value / self._summed for name, value in self._sums.items()},
+                )
             )
+            self._sums, self._summed = {}, 0
+
+    @torch.no_grad()
+    def _add_weights(self) -> None:
+        self._summed += 1
+        for name, value in self._model.state_dict().items():
+            if value.is_floating_point():
+                if name in self._sums:
+                    self._sums[name] += value
+                else:
+                    self._sums[name] = value.detach().clone()
 
     @property
     def run(self) -> Run:

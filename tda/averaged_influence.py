@@ -1,0 +1,62 @@
+"""Influence functions where the counterfactual training ends, at weights averaged over the trajectory there.
+
+    score(n) = 1/N < (G + (w + 1/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that place
+
+Three things in which it differs from EK-FAC influence at the last checkpoint, each worth as much as the others (EXPERIMENTS.md):
+
+- Place. Training on a half of the rows for as many epochs takes half the steps, and ends near where the run was at half its
+  length. A score linearised there predicts it; at the end of the run, rows that were learned by heart have no gradient left.
+  `counterfactual_end` says where: 0.5 for a half of the steps, 1 for retraining with as many steps as the run took.
+- Weights. One iterate is the expected one plus the noise of its last batches, which gradients and slopes of costs feel in full.
+  The mean over a third of the run has little of it.
+- Curvature. The whole Gauss-Newton matrix of all tracked layers, P its optimizer's preconditioner, with SOURCE's damping, in
+  place of EK-FAC's blocks: all queries are solved together by block Krylov, from EK-FAC's answer, on a few rows.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from tda.fitted import Fitted
+from tda.iterative import block_krylov
+from tda.solve import DampedCurvature, respond
+from tda.trajectory import Run, at_mean
+
+WINDOW = 1 / 3  # of the run, around the counterfactual's end
+
+
+def averaged_influence_scores(run: Fitted) -> np.ndarray:
+    """(query, row) scores: the predicted rise of the query's mean cost when the row is left out of training."""
+    num_rows = math.ceil(run.settings.solver_terms / run.train.num_loss_tokens.mean())
+    settings = replace(run.settings, num_segments=1, solver_examples=num_rows)
+    mean = at_mean(run.run, around(run.run, settings.counterfactual_end))
+    place = Fitted(mean, run.task, run.train, run.queries, settings)
+    (segment,) = place.segments
+    (dynamics,) = place.dynamics
+    damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + run.settings.damping_scale / segment.time)
+    curvature = DampedCurvature.of(place.layers, dynamics.curvature, damping)
+    product = place.product(segment, segment.checkpoints)
+
+    def solve(curvature: DampedCurvature, q: Tensor) -> Tensor:
+        return block_krylov(curvature.times(product), q, precondition=curvature.approximate_inverse, rounds=run.settings.rounds)
+
+    response = respond(place.query_gradients, curvature, solve, queries_at_once=len(run.queries))
+    received = place.exposure / segment.tokens_per_document
+    return (received * place.dot(segment, 0, response)).T
+
+
+def around(run: Run, end: float) -> list[int]:
+    """The checkpoints, by index, whose stretches of training lie in the third of the run around `end`, in parts of it.
+
+    Raises:
+        ValueError: `end` is not in (0, 1].
+    """
+    if not 0 < end <= 1:
+        raise ValueError(f"averaged_influence: counterfactual_end is {end}; expected a part of the run, above 0 and at most 1")
+    steps = np.array([0, *(checkpoint.step for checkpoint in run.checkpoints)])
+    centres = (steps[:-1] + steps[1:]) / 2 / steps[-1]
+    start = min(max(end - WINDOW / 2, 0), 1 - WINDOW)
+    inside = np.flatnonzero((centres > start) & (centres < start + WINDOW))
+    return inside.tolist() or [int(np.abs(centres - (start + WINDOW / 2)).argmin())]
