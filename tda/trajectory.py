@@ -104,7 +104,7 @@ def at_mean(run: Run, indices: Sequence[int]) -> Run:
 
 
 def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Checkpoint:
-    """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that of the step."""
+    """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
 
     def debiased(checkpoint: Checkpoint, name: str) -> Tensor:
         return checkpoint.second_moments[name] / (1 - optimizer.beta2**checkpoint.step)
