@@ -30,6 +30,7 @@ class Settings:
 
     num_segments: int = 3
     segments_by: Literal["steps", "learning_rate"] = "steps"
+    weights: Literal["last", "mean"] = "last"  # of a checkpoint: its own, or the mean of those since the checkpoint before
     layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
     damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
@@ -85,7 +86,7 @@ class Fitted:
 
     def model(self, checkpoint: int) -> nn.Module:
         """The model at a checkpoint; -1 is the last one."""
-        return self.run.at(checkpoint)
+        return self.run.at(checkpoint, mean=self.settings.weights == "mean")
 
     @cached_property
     def rates(self) -> np.ndarray:

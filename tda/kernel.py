@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda.capture import captured
-from tda.data import Examples
+from tda.data import Data
 from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.projection import append_one
@@ -44,7 +44,7 @@ def rank_one_roots(v: Float[Tensor, "d_out d_in"]) -> Roots:
 def tangent_kernel(
     model: nn.Module,
     layers: Sequence[Layer],
-    data: Examples,
+    data: Data,
     *,
     task: Task,
     batch_size: int,

@@ -18,6 +18,7 @@ from tda.ggn import Product, pack, queries_at_once
 from tda.influence import precondition
 from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
 from tda.preconditioner import DiagonalCurvature, plain
+from tda.replay import replay_scores
 from tda.scores import cosines, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import SegmentDynamics
@@ -189,6 +190,11 @@ def averaged_influence(run: Fitted) -> np.ndarray:
     return averaged_influence_scores(run)
 
 
+def replay(run: Fitted) -> np.ndarray:
+    """Exact unrolled differentiation of the recorded run (MAGIC, arXiv 2504.16430; `replay.py`): the oracle for this one run."""
+    return replay_scores(run.run, run.task, run.train, run.queries) / run.queries.num_loss_tokens[:, None]
+
+
 def surrogate(run: Fitted) -> np.ndarray:
     """Kernel machines in the run's own tangent space, retrained on random halves (`surrogate.py`)."""
     return surrogate_scores(run)
@@ -224,6 +230,7 @@ METHODS: dict[str, Method] = {
     "trak": trak,
     "averaged_influence": averaged_influence,
     "surrogate": surrogate,
+    "replay": replay,
     "bm25": bm25,
     "random": random,
 }

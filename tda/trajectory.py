@@ -80,10 +80,18 @@ class Run:
             "documents": [rows.tolist() for rows in self.batches],
         })
 
-    def at(self, index: int) -> nn.Module:
-        """A copy of the model with the weights of checkpoint `index`, in eval mode."""
+    def at(self, index: int, *, mean: bool = False) -> nn.Module:
+        """A copy of the model with the weights of checkpoint `index`, or with its mean weights, in eval mode.
+
+        Raises:
+            ValueError: mean weights are asked for and were not recorded.
+        """
+        checkpoint = self.checkpoints[index]
+        if mean and not checkpoint.mean_weights:
+            raise ValueError("run: its checkpoints have no mean weights; record the run with a Recorder, or use weights=last")
         model = copy.deepcopy(self.model)
-        model.load_state_dict(self.checkpoints[index].weights, strict=False)  # names of tied weights may be left out
+        weights = checkpoint.weights | (checkpoint.mean_weights if mean else {})
+        model.load_state_dict(weights, strict=False)  # names of tied weights may be left out
         return model.eval()
 
 
