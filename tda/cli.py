@@ -169,15 +169,15 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     removal.add_argument("--together", action="store_true", help="remove for all queries at once, by their summed scores")
 
     mislabelled = _add_evaluation(
-        kinds, _evaluate_mislabelled, "rank suspected bad rows against known ones", "mislabelled --bank bank.npz --by queries"
+        kinds, _evaluate_mislabelled, "rank suspected bad rows against known ones", "mislabelled --bank bank.npz --by self"
     )
     _add_runs(mislabelled, "--seeds")
     mislabelled.add_argument("--bad", type=Path, metavar="FILE", help="numbers of the bad rows, from 0 (default: the bank's own)")
     mislabelled.add_argument(
         "--by",
         choices=["queries", "self"],
-        default="self",
-        help="rank by self-influence, or by harm to the queries (default: %(default)s)",
+        default="queries",
+        help="rank by harm to the queries, or by self-influence, which takes longer (default: %(default)s)",
     )
 
     bank = _add_kind(

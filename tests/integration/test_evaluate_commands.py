@@ -174,7 +174,8 @@ def test_self_influence_is_the_diagonal(method, monkeypatch):
 
 
 def test_self_influence_of_other_methods_is_not_known(classes, capsys):
-    assert cli.main(["evaluate", "mislabelled", "--bank", str(classes), "--methods", "random", "--seeds", "1"]) == cli.FAILED
+    arguments = ["--bank", str(classes), "--methods", "random", "--seeds", "1", "--by", "self"]
+    assert cli.main(["evaluate", "mislabelled", *arguments]) == cli.FAILED
     assert "self-influence: not known of random; known of gradient_dot" in capsys.readouterr().err
 
 
