@@ -21,6 +21,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PROBE_BYTES = 1 << 16  # more than a file's last block has room for
 
 
+MEAN_FILE = "mean.safetensors"  # in a checkpoint's folder: the mean weights at which it is attributed
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Where every artifact lies below `root`; the only place that knows file names."""
@@ -83,7 +86,7 @@ class Workspace:
         return self._at("train", "checkpoints")
 
     def checkpoint(self, index: int | str) -> Path:
-        """One checkpoint: `model/` by `save_pretrained`, `optimizer.safetensors`, `state.json`."""
+        """One checkpoint: `model/` by `save_pretrained`, `mean.safetensors`, `optimizer.safetensors`, `state.json`."""
         return self.checkpoints / str(index)
 
     # segments

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tda.artifacts import Workspace, damaged, existing, read_json
+from tda.artifacts import MEAN_FILE, Workspace, damaged, existing, read_json
 from tda.data import Documents
 from tda.model import Layer, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
@@ -23,9 +23,10 @@ def architecture_digest(model: nn.Module) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """A digest of the weights in a checkpoint's `model` folder."""
+    """A digest of the weights at which the checkpoint in `folder` is attributed."""
     digest = xxhash.xxh3_128()
-    for path in sorted(folder.glob("*.safetensors")):
+    mean = folder / MEAN_FILE
+    for path in [mean] if mean.exists() else sorted((folder / "model").glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
@@ -55,7 +56,7 @@ def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
 
 
 def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
-    """The model at a checkpoint; one that is missing or truncated is refused with FileNotFoundError.
+    """The model at a checkpoint, with its mean weights where it has any; one that is missing or truncated: FileNotFoundError.
 
     Raises:
         ValueError: it is of another architecture than the run's.
@@ -69,6 +70,12 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
             f"digest {expected}, got {architecture_digest(model)}; run `dvc repro --force train`, or restore data/train with "
             "`dvc checkout`"
         )
+    mean = folder.parent / MEAN_FILE
+    if mean.exists():
+        try:
+            model.load_state_dict(load_file(mean), strict=False)  # tied weights are there once
+        except SafetensorError as error:
+            raise FileNotFoundError(damaged(mean, error, stage="train")) from error
     return model
 
 

@@ -81,6 +81,7 @@ class Train(Section):
     max_gradient_norm: float = Field(ge=0)  # 0: no clipping
     stages: list[TrainingStage] = Field(min_length=1)
     checkpoints: list[int] = Field(min_length=1)  # 0, 1, ..., C - 1; one gradients task each
+    attribute_at: Literal["last", "mean"]  # a checkpoint's weights, or their mean over the steps since the one before
     seed: int
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
         digest.update(projection.P_i.cpu().numpy().tobytes())
         digest.update(projection.P_o.cpu().numpy().tobytes())
     return {
-        "weights": weights_digest(workspace.checkpoint(checkpoint) / "model"),
+        "weights": weights_digest(workspace.checkpoint(checkpoint)),
         "projection": digest.hexdigest(),
         "projection_kind": config.gradients.projection,
         "rank": config.gradients.rank,

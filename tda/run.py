@@ -12,6 +12,7 @@ from tda.artifacts import Workspace, remove, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
+from tda.means import RunningMean
 from tda.model import build_model, load_model, num_parameters
 from tda.parallel import progress_is_shown
 from tda.train import (
@@ -59,17 +60,20 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     work = workspace.work / "train" / documents.digest(recipe.model_dump_json())
     done, before = _resume(work, model, optimizer, num_checkpoints=len(at))
     taken: list[Taken] = []
+    mean = RunningMean(model) if recipe.attribute_at == "mean" else None
     with tqdm(total=len(steps), initial=done, desc="training", unit="step", disable=not progress_is_shown()) as bar:
 
         def after(now: Taken) -> None:
             taken.append(now)
+            if mean is not None:
+                mean.add()
             bar.update()
             bar.set_postfix(loss=f"{now.loss:.3f}", refresh=False)
             if now.step.number in at:
                 model.eval()
                 folder = work / str(at.index(now.step.number))
                 write_table(work / f"trajectory-{folder.name}.parquet", pl.concat([before, read_trajectory(taken)]))
-                save_checkpoint(folder, model, optimizer, step=now.step.number)
+                save_checkpoint(folder, model, optimizer, step=now.step.number, mean=mean and mean.take())
                 model.train()
 
         train(model, documents, steps[done:], recipe, optimizer=optimizer, seed=recipe.seed, after=after)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tda.artifacts import read_json, whole, write_json
+from tda.artifacts import MEAN_FILE, read_json, whole, write_json
 from tda.config import Train
 from tda.data import Documents, batches
 from tda.losses import document_losses
@@ -192,8 +192,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
             optimizer.state[parameter] = values
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int) -> None:
-    """Write weights, optimizer state and step number to `folder`, whole or not at all."""
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, step: int, mean: dict[str, Tensor] | None = None
+) -> None:
+    """Write weights, their `mean` if there is one, optimizer state and step number to `folder`, whole or not at all."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -202,6 +204,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         model.save_pretrained(part / "model")
         if optimizer is not None:
             save_file(optimizer_state(model, optimizer), part / "optimizer.safetensors")
+        if mean is not None:
+            save_file({name: mean[name] for name, _ in model.named_parameters()}, part / MEAN_FILE)
         write_json(part / "state.json", {"step": step})
 
 

@@ -13,6 +13,8 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from tda.means import RunningMean
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -157,34 +159,22 @@ class Recorder:
         self._checkpoints: list[Checkpoint] = []
         self._learning_rates: list[float] = []
         self._batches: list[np.ndarray] = []
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self._mean = RunningMean(model)
 
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
         """Take down an optimizer step on the training rows numbered `rows`; before a scheduler changes the learning rate."""
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
         self._batches.append(np.array(rows, dtype=np.int64))
-        self._add_weights()
+        self._mean.add()
         if len(self._batches) in self._at:
             self._checkpoints.append(
                 Checkpoint(
                     len(self._batches),
                     _copy(self._model.state_dict()),
                     second_moments(self._model, self._optimizer),
-                    {name: value / self._summed for name, value in self._sums.items()},
+                    self._mean.take(),
                 )
             )
-            self._sums, self._summed = {}, 0
-
-    @torch.no_grad()
-    def _add_weights(self) -> None:
-        self._summed += 1
-        for name, value in self._model.state_dict().items():
-            if value.is_floating_point():
-                if name in self._sums:
-                    self._sums[name] += value
-                else:
-                    self._sums[name] = value.detach().clone()
 
     @property
     def run(self) -> Run:

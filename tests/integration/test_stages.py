@@ -166,8 +166,28 @@ def test_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(toy, tmp_
     assert again.training.read_bytes() == workspace.training.read_bytes()
     assert again.trajectory.read_bytes() == workspace.trajectory.read_bytes()
     for index in range(4):
-        name = "model/model.safetensors"
-        assert (again.checkpoint(index) / name).read_bytes() == (workspace.checkpoint(index) / name).read_bytes()
+        for name in ("model/model.safetensors", "mean.safetensors"):
+            assert (again.checkpoint(index) / name).read_bytes() == (workspace.checkpoint(index) / name).read_bytes()
+
+
+def test_checkpoints_are_attributed_at_their_mean_weights(toy, tmp_path):
+    from safetensors.torch import load_file
+
+    from tda.checkpoints import load_checkpoint, weights_digest
+
+    config, workspace = toy
+    parameters = dict(load_checkpoint(workspace, 1).named_parameters())
+    for name, value in load_file(workspace.checkpoint(1) / "mean.safetensors").items():
+        assert torch.equal(parameters[name], value)
+    last = load_file(workspace.checkpoint(1) / "model" / "model.safetensors")
+    assert not torch.equal(parameters["model.norm.weight"], last["model.norm.weight"])
+
+    plain = Workspace(tmp_path / "plain")
+    shutil.copytree(workspace.documents.parent, plain.documents.parent)
+    run(config.model_copy(update={"train": config.train.model_copy(update={"attribute_at": "last"})}), plain, "train")
+    assert not (plain.checkpoint(1) / "mean.safetensors").exists()
+    assert torch.equal(dict(load_checkpoint(plain, 1).named_parameters())["model.norm.weight"], last["model.norm.weight"])
+    assert weights_digest(plain.checkpoint(1)) != weights_digest(workspace.checkpoint(1))
 
 
 def test_new_documents_are_appended_without_computing_old_ones(toy, monkeypatch):

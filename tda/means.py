@@ -1,0 +1,31 @@
+"""The mean of a model's weights over the steps of training."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningMean:
+    """Sums weights as training goes on; `take` gives their mean since it was last called."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Count the weights as they are now."""
+        self._count += 1
+        for name, value in self._model.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value.detach().clone()
+
+    def take(self) -> dict[str, Tensor]:
+        """The mean of what was counted, by name; begin anew."""
+        means = {name: value / self._count for name, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
