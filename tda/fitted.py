@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from tda.data import Data, Documents, batch_plan
 from tda.factors import SegmentFactors, fit_factors
-from tda.ggn import Product, gauss_newton_product
+from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, segment_ends
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
 from tda.trajectory import Run
+
+VALUES_AT_ONCE = 2**23  # numbers of a few queries in the largest vector or activation of a product
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Settings:
     damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
     counterfactual_end: float = 0.5  # averaged_influence: where, in parts of the run, training without the row would end
     damping_scale: float = 4.0  # averaged_influence: of 1/(eta_bar K)
-    rounds: int = 2  # averaged_influence: of block Krylov
+    rounds: int = 3  # averaged_influence: of block Krylov
     solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
     ridge_scale: float = 5.0  # surrogate: in 2/(eta_bar K) + weight decay
     splits: int = 4  # surrogate: random splits of the rows in two halves
@@ -184,7 +186,17 @@ class Fitted:
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
         batches = [self.train.batch(rows[chosen].tolist()) for chosen in plan]
         products = [self._product(segment, self.model(checkpoint), batches) for checkpoint in checkpoints]
-        return lambda v: sum(product(v) for product in products) / len(products)
+
+        def mean(v: Tensor) -> Tensor:
+            return sum(product(v) for product in products) / len(products)
+
+        return lambda v: torch.cat([mean(block) for block in v.split(self.queries_at_once)])
+
+    @property
+    def queries_at_once(self) -> int:
+        """How many queries a product is taken of at once: as many as keep its tangents in a processor's cache, or nearly."""
+        positions = max(self.batch_size, int(self.train.lengths.max()))
+        return queries_at_once(self.layers, positions=positions, values=VALUES_AT_ONCE)
 
     def stochastic_products(self, segment: Segment, checkpoint: int) -> Callable[[int], Product]:
         """For every number, the product on rows drawn afresh, as many as `batch_size` says."""

@@ -14,7 +14,7 @@ from tda.averaged_influence import averaged_influence_scores
 from tda.baselines import random_scores, token_bm25_scores
 from tda.data import Documents
 from tda.fitted import Fitted
-from tda.ggn import Product, pack, queries_at_once
+from tda.ggn import Product, pack
 from tda.influence import precondition
 from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
 from tda.preconditioner import DiagonalCurvature, plain
@@ -89,7 +89,9 @@ def source_cg(run: Fitted) -> np.ndarray:
         damping = dict.fromkeys(ekfac.curvature, ekfac.weight_decay + 1 / ekfac.time)
         curvature = DampedCurvature.of(run.layers, ekfac.curvature, damping)
         product = run.product(segment, segment.checkpoints)
-        return SolvedDynamics(ekfac, lambda query: respond(query, curvature, _by_cg(run, product), queries_at_once=_at_once(run)))
+        return SolvedDynamics(
+            ekfac, lambda query: respond(query, curvature, _by_cg(run, product), queries_at_once=run.queries_at_once)
+        )
 
     dynamics = [solved(ekfac) for ekfac in run.dynamics]
     return source_values(run.query_gradients, dynamics, run.segments, exposure=run.exposure, dot=run.dot)
@@ -142,16 +144,10 @@ CG_ITERATIONS = 20
 STOCHASTIC_ITERATIONS = 200
 POWER_ITERATIONS = 20
 LISSA_MARGIN = 2.0  # the largest eigenvalue of a few rows is larger than that of many, and power iteration finds it from below
-VALUES_AT_ONCE = 2**23  # numbers of a few queries in the largest vector or activation of a solver
 
 
 def _final(run: Fitted) -> int:
     return len(run.run.checkpoints) - 1
-
-
-def _at_once(run: Fitted) -> int:
-    positions = max(run.batch_size, int(run.train.lengths.max()))
-    return queries_at_once(run.layers, positions=positions, values=VALUES_AT_ONCE)
 
 
 def _by_cg(run: Fitted, product: Product) -> Solver:
@@ -171,7 +167,7 @@ def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
     implied = np.average([1 / segment.time for segment in run.segments], weights=[segment.num_steps for segment in run.segments])
     damping = dict.fromkeys(factors, run.settings.solver_damping or float(implied))
     curvature = DampedCurvature.of(run.layers, {name: plain(held) for name, held in factors.items()}, damping)
-    response = respond(run.query_gradients, curvature, solver, queries_at_once=_at_once(run))
+    response = respond(run.query_gradients, curvature, solver, queries_at_once=run.queries_at_once)
     return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)
 
 

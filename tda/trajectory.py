@@ -164,7 +164,7 @@ class Recorder:
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
         """Take down an optimizer step on the training rows numbered `rows`; before a scheduler changes the learning rate."""
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
-        self._batches.append(np.array(rows, dtype=np.int64))
+        self._batches.append(np.array([int(row) for row in rows], dtype=np.int64))
         self._mean.add()
         if len(self._batches) in self._at:
             self._checkpoints.append(
