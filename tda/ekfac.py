@@ -145,8 +145,12 @@ def corrected_eigenvalues(
         return encode_inputs(at_least_float32(a), basis[layer.name][0], bias=layer.bias)
 
     def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
-        G = (at_least_float32(Ds) @ basis[layer.name][1]).mT @ rotated
-        Lambda[layer.name] += torch.tensordot(w.to(G.dtype), G.square_(), dims=1)
+        Ds = at_least_float32(Ds) @ basis[layer.name][1]
+        if Ds.shape[1] == 1:  # the square of an outer product is that of the squares: no gradient is formed
+            squares = w.to(Ds.dtype)[:, None] * Ds[:, 0].square()
+            Lambda[layer.name].addmm_(squares.T, rotated[:, 0].square())
+        else:
+            Lambda[layer.name] += torch.tensordot(w.to(Ds.dtype), (Ds.mT @ rotated).square_(), dims=1)
 
     with captured(model, layers, encode=rotate_inputs, consume=add_squares):
         for batch in batches:

@@ -61,14 +61,20 @@ def gradient_dots(
     queries: dict[str, Float[Tensor, "query d_out d_in"]],
 ) -> Float[Tensor, "batch query"]:
     """Dot products of `queries` with the full gradient of every example's summed loss, held for one layer at a time."""
-    return _over_layers(model, layers, batch, task=task, of=lambda name, G: G.flatten(1) @ queries[name].flatten(1).T)
+
+    def dots(name: str, a: Tensor, Ds: Tensor) -> Tensor:
+        if a.shape[1] == 1:  # Ds^T q a: no gradient is formed
+            return torch.stack([((a[:, 0] @ q.T) * Ds[:, 0]).sum(dim=1) for q in queries[name]], dim=1)
+        return torch.bmm(Ds.mT, a).flatten(1) @ queries[name].flatten(1).T
+
+    return _over_layers(model, layers, batch, task=task, of=dots)
 
 
 def gradient_squares(
     model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task
 ) -> Float[Tensor, " batch"]:
-    """Squared norms of the full gradient of every example's summed loss."""
-    return _over_layers(model, layers, batch, task=task, of=lambda _name, G: G.square().sum(dim=(1, 2)))
+    """Squared norms of the full gradient of every example's summed loss, from the Gram matrices of its positions."""
+    return _over_layers(model, layers, batch, task=task, of=lambda _, a, Ds: ((a @ a.mT) * (Ds @ Ds.mT)).sum(dim=(1, 2)))
 
 
 def _over_layers(
@@ -77,16 +83,16 @@ def _over_layers(
     batch: Batch | TensorBatch,
     *,
     task: Task,
-    of: Callable[[str, Float[Tensor, "batch d_out d_in"]], Tensor],
+    of: Callable[[str, Float[Tensor, "batch position d_in"], Float[Tensor, "batch position d_out"]], Tensor],
 ) -> Tensor:
-    """The sum over layers of a function of every example's gradient there."""
+    """The sum over layers of a function of every example's inputs and pseudo-gradients there."""
     parts: list[Tensor] = []
 
     def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
         return append_one(a, bias=layer.bias)
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        parts.append(of(layer.name, torch.bmm(Ds.mT, a)))
+        parts.append(of(layer.name, a, Ds))
 
     with captured(model, layers, encode=keep_inputs, consume=add):
         total, _losses = task.losses(model, batch)
