@@ -7,11 +7,13 @@ from torch import nn
 
 from tda.attribute import attribute
 from tda.data import Examples
+from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
 from tda.fitted import Fitted, Settings
+from tda.losses import draw
 from tda.methods import METHODS
 from tda.task import CausalLM, Classification, Regression
 from tda.trajectory import Recorder
-from tests.helpers import random_documents, tiny_llama
+from tests.helpers import dense_gradient, random_documents, tiny_llama
 
 
 class ConvNet(nn.Module):
@@ -67,8 +69,6 @@ def setting(kind: str, optimizer: str = "sgd"):
 
 def gradient(model: nn.Module, layers, total) -> torch.Tensor:
     """All tracked parameters' gradient by autograd, layer by layer, weight then bias, as a matrix each."""
-    from tests.helpers import dense_gradient
-
     return torch.cat([G.flatten() for G in dense_gradient(model, layers, total).values()])
 
 
@@ -192,3 +192,31 @@ def test_a_recorder_refuses_what_no_method_knows():
         recorder.step([0, 1])
     with pytest.raises(ValueError, match=r"checkpoints at steps \[3\] of 4"):
         _ = recorder.run
+
+
+def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients():
+    """The faster form, which squares both sides of an outer product, against the plain one."""
+    run, task, train, queries = setting("classification")
+    held = Fitted(run, task, train, queries, Settings())
+    model, weights = held.model(-1), torch.linspace(0.5, 1.5, 12, dtype=torch.float64)
+    whole, generator = [train.batch(range(12))], torch.Generator().manual_seed(0)
+    basis = eigenbasis(covariances(model, held.layers, whole, task=task, generator=generator), held.layers)
+    Lambda, count = corrected_eigenvalues(
+        model,
+        held.layers,
+        whole,
+        task=task,
+        basis=basis,
+        weights=weights,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert count == 12
+    uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    labels = draw(model(train.x).detach().softmax(dim=1), uniform)
+    for row in range(12):
+        loss = nn.functional.cross_entropy(model(train.x[[row]]), labels[[row]])
+        for name, G in dense_gradient(model, held.layers, loss).items():
+            Q_A, Q_S = basis[name]
+            Lambda[name] -= weights[row] * (Q_S.T @ G @ Q_A).square()
+    for values in Lambda.values():
+        torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-12, rtol=0)
