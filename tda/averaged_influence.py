@@ -1,8 +1,8 @@
 """Influence functions where the counterfactual training ends, at weights averaged over the trajectory there.
 
-    score(n) = 1/N < (G + (w + 1/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that place
+    score(n) = 1/N < (G + (w + 4/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that place
 
-Three things in which it differs from EK-FAC influence at the last checkpoint, each worth as much as the others (EXPERIMENTS.md):
+It differs from EK-FAC influence at the last checkpoint in three things (EXPERIMENTS.md says what each is worth):
 
 - Place. Training on a half of the rows for as many epochs takes half the steps, and ends near where the run was at half its
   length. A score linearised there predicts it; at the end of the run, rows that were learned by heart have no gradient left.
@@ -22,6 +22,7 @@ from torch import Tensor
 from tda.fitted import Fitted
 from tda.iterative import block_krylov
 from tda.solve import DampedCurvature, respond
+from tda.source import Gradients
 from tda.trajectory import Run, at_mean
 
 WINDOW = 1 / 3  # of the run, around the counterfactual's end
@@ -29,20 +30,35 @@ WINDOW = 1 / 3  # of the run, around the counterfactual's end
 
 def averaged_influence_scores(run: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's mean cost when the row is left out of training."""
+    place = at_counterfactual_end(run)
+    return rows_under(place, averaged_response(place, place.query_gradients))
+
+
+def at_counterfactual_end(run: Fitted) -> Fitted:
+    """The run as one segment, seen at the mean weights around the end of the counterfactual training."""
     num_rows = math.ceil(run.settings.solver_terms / run.train.num_loss_tokens.mean())
     settings = replace(run.settings, num_segments=1, solver_examples=num_rows)
     mean = at_mean(run.run, around(run.run, settings.counterfactual_end))
-    place = Fitted(mean, run.task, run.train, run.queries, settings)
+    return Fitted(mean, run.task, run.train, run.queries, settings)
+
+
+def averaged_response(place: Fitted, query: Gradients) -> Gradients:
+    """(G + (w + damping) P^-1)^-1 of query gradients at that place."""
     (segment,) = place.segments
     (dynamics,) = place.dynamics
-    damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + run.settings.damping_scale / segment.time)
+    damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + place.settings.damping_scale / segment.time)
     curvature = DampedCurvature.of(place.layers, dynamics.curvature, damping)
     product = place.product(segment, segment.checkpoints)
 
     def solve(curvature: DampedCurvature, q: Tensor) -> Tensor:
-        return block_krylov(curvature.times(product), q, precondition=curvature.approximate_inverse, rounds=run.settings.rounds)
+        return block_krylov(curvature.times(product), q, precondition=curvature.approximate_inverse, rounds=place.settings.rounds)
 
-    response = respond(place.query_gradients, curvature, solve, queries_at_once=len(run.queries))
+    return respond(query, curvature, solve, queries_at_once=len(next(iter(query.values()))))
+
+
+def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
+    """(query, row) scores from the responses."""
+    (segment,) = place.segments
     received = place.exposure / segment.tokens_per_document
     return (received * place.dot(segment, 0, response)).T
 

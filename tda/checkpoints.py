@@ -79,28 +79,39 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
     return model
 
 
+def second_moments(workspace: Workspace, index: int) -> dict[str, Tensor]:
+    """AdamW's second moments at a checkpoint, by parameter name; without optimizer state: FileNotFoundError."""
+    kind = "exp_avg_sq."
+    return {name.removeprefix(kind): v for name, v in optimizer_state(workspace, index).items() if name.startswith(kind)}
+
+
+def optimizer_state(workspace: Workspace, index: int) -> dict[str, Tensor]:
+    """The optimizer's tensors at a checkpoint, as `train.optimizer_state` names them.
+
+    Raises:
+        FileNotFoundError: there are none; the message says what that costs and what accepts it.
+    """
+    path = workspace.checkpoint(index) / "optimizer.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the run used AdamW, whose second moments SOURCE needs to know how far a gradient moves a "
+            "weight. Save the optimizer state with every checkpoint (a Hugging Face Trainer does unless save_only_model is "
+            "set), or set curvature.adam to none: scores are then those of an SGD run and rank documents far worse (on an "
+            "AdamW-trained classifier the rank correlation with real retraining fell from .44 to .17)"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(damaged(path, error, stage="train")) from error
+
+
 def preconditioner(
     workspace: Workspace, checkpoints: list[int], layers: list[Layer], *, beta2: float, epsilon: float
 ) -> dict[str, Tensor]:
-    """AdamW's P by layer, (d_out, d_in), averaged over checkpoints.
-
-    Raises:
-        FileNotFoundError: a checkpoint has no optimizer state; the message says what that costs and what accepts it.
-    """
+    """AdamW's P by layer, (d_out, d_in), averaged over checkpoints; one without optimizer state: FileNotFoundError."""
     sums: dict[str, Tensor] = {}
     for index in checkpoints:
-        path = workspace.checkpoint(index) / "optimizer.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: the run used AdamW, whose second moments SOURCE needs to know how far a gradient moves a "
-                "weight. Save the optimizer state with every checkpoint (a Hugging Face Trainer does unless save_only_model is "
-                "set), or set curvature.adam to none: scores are then those of an SGD run and rank documents far worse (on an "
-                "AdamW-trained classifier the rank correlation with real retraining fell from .44 to .17)"
-            )
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(damaged(path, error, stage="train")) from error
+        state = optimizer_state(workspace, index)
         modules = linear_modules(load_checkpoint(workspace, index))
         for layer in layers:
             module = modules[layer.name]

@@ -110,6 +110,8 @@ class Fitted:
         return self._exposure([segment.last_step for segment in self.segments])
 
     def _exposure(self, last_steps: list[int]) -> np.ndarray:
+        if not self.run.batches:
+            return np.full((len(self.train), len(last_steps)), 1 / len(self.train))
         return document_exposure(self.run.trajectory, last_steps, rates=self.rates, num_documents=len(self.train))
 
     @cached_property
@@ -134,7 +136,7 @@ class Fitted:
     def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
         model = self.model(checkpoint)
-        dots = np.zeros((len(self.train), len(self.queries)))
+        dots = np.zeros((len(self.train), len(next(iter(queries.values())))))
         for batch in self.batches():
             dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().numpy()
         return dots

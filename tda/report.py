@@ -14,6 +14,7 @@ from tda.provenance import provenance
 
 METHOD_NAMES = {
     "source": "SOURCE",
+    "averaged_influence": "Averaged influence",
     "ekfac_influence": "EK-FAC influence",
     "gradient_dot": "Gradient dot product",
     "gradient_cosine": "Gradient cosine",
@@ -230,8 +231,8 @@ def _examples(workspace: Workspace, config: Config, manifest: pl.DataFrame, expo
 
 
 def _affected_targets(workspace: Workspace, config: Config, doc_ids: pl.Series) -> dict[str, dict]:
-    """For documents scored by SOURCE: how many of the scoring targets each harms, and the two it changes most."""
-    if config.curation.method != "source" or not workspace.query_scores.exists():
+    """By SOURCE, which scores every target: how many of them each document harms, and the two it changes most."""
+    if config.curation.method not in {"source", "averaged_influence"} or not workspace.query_scores.exists():
         return {}
     queries = read_json(workspace.scoring, stage="scores")["query_ids"]
     table = read_table(workspace.query_scores, stage="scores").filter(pl.col("doc_id").is_in(doc_ids.implode()))

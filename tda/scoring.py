@@ -24,6 +24,7 @@ from tda.scores import Scores, cosines, rotated_query, source_values
 from tda.segments import Segment
 from tda.source import Gradients, SegmentDynamics
 from tda.store import dot_scores, open_sealed
+from tda.target_influence import target_influence
 from tda.task import CausalLM
 
 QUERY_VALUES = 1 << 27  # gradient values of the queries that are in memory at once
@@ -180,7 +181,8 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
 
     tokens = queries.num_loss_tokens
     weights = tokens / tokens.sum()
-    columns = {name: Scores(held, queries.ids, documents.ids).aggregate(weights) for name, held in values.items()}
+    columns = {"averaged_influence": target_influence(config, workspace, documents, queries)}
+    columns |= {name: Scores(held, queries.ids, documents.ids).aggregate(weights) for name, held in values.items()}
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"].to_list()
     targets = read_table(workspace.targets, stage="prepare").filter(pl.col("half") == "score")
     columns["bm25"] = bm25_scores(texts, targets["text"].to_list())

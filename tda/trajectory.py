@@ -46,14 +46,14 @@ class Checkpoint:
 class Run:
     """A training run.
 
-    The training loss of a step is the mean over the terms of its rows (`Task`). A run that stops before its last checkpoint's
-    step, or whose steps are not all known, is refused.
+    The training loss of a step is the mean over the terms of its rows (`Task`). A run that goes on after its last checkpoint is
+    refused.
     """
 
     model: nn.Module  # the architecture; its weights are those of whatever was asked for last
     checkpoints: list[Checkpoint]  # in their order; the last one is the end of the run
     learning_rates: np.ndarray  # (step,)
-    batches: list[np.ndarray]  # row numbers of every step
+    batches: list[np.ndarray]  # row numbers of every step; empty if unknown: all rows are taken to be drawn equally often
     optimizer: Optimizer
     initial: dict[str, Tensor]  # weights before the first step; empty if unknown: replay needs them
 
@@ -64,7 +64,7 @@ class Run:
                 f"run: checkpoints at steps {steps} of {len(self.learning_rates)}; expected at least one, in rising order, the "
                 "last one at the last step; with a Recorder, num_steps has to be the number of steps taken"
             )
-        if len(self.batches) != len(self.learning_rates):
+        if self.batches and len(self.batches) != len(self.learning_rates):
             raise ValueError(f"run: {len(self.batches)} batches for {len(self.learning_rates)} steps; expected one for each step")
         if self.optimizer.kind == "adamw" and not all(checkpoint.second_moments for checkpoint in self.checkpoints):
             raise ValueError(
@@ -79,7 +79,7 @@ class Run:
             "step": np.arange(1, len(self.learning_rates) + 1),
             "learning_rate": self.learning_rates,
             "gradient_scale": np.ones(len(self.learning_rates)),
-            "documents": [rows.tolist() for rows in self.batches],
+            "documents": [rows.tolist() for rows in self.batches] or [[]] * len(self.learning_rates),
         })
 
     def at(self, index: int, *, mean: bool = False) -> nn.Module:

@@ -1,0 +1,33 @@
+"""The pipeline's run, from its artifacts, as methods for any model take it."""
+
+from tda.artifacts import Workspace, read_json, read_table
+from tda.checkpoints import load_checkpoint, second_moments
+from tda.trajectory import Checkpoint, Optimizer, Run
+
+
+def load_run(workspace: Workspace, *, needs_moments: bool) -> Run:
+    """The run as methods for any model take it, each checkpoint with the weights at which it is attributed.
+
+    With `needs_moments`, a checkpoint of an AdamW run without optimizer state is refused with FileNotFoundError. Without, the
+    run is taken for one by SGD.
+    """
+    training = read_json(workspace.training, stage="train")
+    trajectory = read_table(workspace.trajectory, stage="train")
+    sgd = training["optimizer"] == "sgd"
+    optimizer = Optimizer(
+        "adamw" if needs_moments and not sgd else "sgd",
+        momentum=training["momentum"] if sgd else 0.0,
+        beta2=training["beta2"],
+        epsilon=training["epsilon"],
+        weight_decay=training["weight_decay"],
+    )
+    checkpoints = []
+    for index, step in enumerate(training["checkpoint_steps"]):
+        model = load_checkpoint(workspace, index)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        checkpoints.append(Checkpoint(step, weights, second_moments(workspace, index) if optimizer.kind == "adamw" else {}))
+    rates = trajectory["learning_rate"].to_numpy()
+    if sgd:
+        rates = rates * trajectory["gradient_scale"].to_numpy()  # what clipping left of each step
+    batches = [rows.to_numpy() for rows in trajectory["documents"]] if training["batches_known"] else []
+    return Run(model, checkpoints, rates, batches, optimizer, {})

@@ -1,0 +1,52 @@
+"""`averaged_influence` of every document on the whole target set, from the artifacts of the pipeline.
+
+The curvature is solved for a few means of the targets' gradients instead of for every target: their sum is the answer that is
+asked for, and each finds directions for the others. Documents' gradients are taken in full, in a pass of their own: the response
+to the targets lies where a projection that was fitted to the curvature keeps little of it.
+"""
+
+import numpy as np
+import torch
+
+from tda.artifacts import Workspace
+from tda.averaged_influence import at_counterfactual_end, averaged_response, rows_under
+from tda.config import Config
+from tda.data import Documents
+from tda.fitted import Fitted, Settings
+from tda.recorded import load_run
+from tda.source import Gradients
+from tda.task import CausalLM
+
+NUM_GROUPS = 12  # means of targets that are solved for
+SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # whose curvature is solved with; in smaller batches than gradients are taken
+
+
+def target_influence(config: Config, workspace: Workspace, documents: Documents, queries: Documents) -> np.ndarray:
+    """One score per document, of the measurement's mean over all predicted tokens of `queries`.
+
+    The counterfactual takes as many steps as the run did, as retraining does. Missing artifacts are refused with
+    FileNotFoundError.
+    """
+    settings = Settings.of(
+        layers=config.curvature.layers,
+        adam=config.curvature.adam,
+        curvature_examples=config.curvature.num_documents,
+        counterfactual_end=1.0,
+        solver_terms=SOLVER_TOKENS,
+        batch_size=min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS),
+        seed=config.curvature.seed,
+    )
+    run = load_run(workspace, needs_moments=config.curvature.adam != "none")
+    place = at_counterfactual_end(Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings))
+    groups = grouped(place.query_gradients, queries.num_loss_tokens / queries.num_loss_tokens.sum())
+    response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
+    return rows_under(place, response)[0]
+
+
+def grouped(query: Gradients, weights: np.ndarray) -> Gradients:
+    """Sums of weighted query gradients over at most `NUM_GROUPS` groups, every so many queries to a group."""
+    num_groups = min(NUM_GROUPS, len(weights))
+    shares = torch.zeros(num_groups, len(weights))
+    places = torch.arange(len(weights))
+    shares[places % num_groups, places] = torch.from_numpy(weights).float()
+    return {name: torch.einsum("gq,qoi->goi", shares.to(G.dtype), G) for name, G in query.items()}
