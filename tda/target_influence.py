@@ -17,7 +17,7 @@ from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
 
-NUM_GROUPS = 12  # means of targets that are solved for
+NUM_GROUPS, ROUNDS = 12, 6  # means of targets that are solved for: so few that further rounds cost little
 SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # whose curvature is solved with; in smaller batches than gradients are taken
 
 
@@ -32,6 +32,7 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
         adam=config.curvature.adam,
         curvature_examples=config.curvature.num_documents,
         counterfactual_end=1.0,
+        rounds=ROUNDS,
         solver_terms=SOLVER_TOKENS,
         batch_size=min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS),
         seed=config.curvature.seed,

@@ -34,6 +34,7 @@ def test_one_target_gets_the_scores_of_the_public_function(tmp_path):
         documents,
         queries,
         counterfactual_end=1.0,
+        rounds=6,
         curvature_examples=20,
         batch_size=256,
     )
