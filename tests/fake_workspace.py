@@ -203,7 +203,8 @@ def _scores(random: np.random.Generator, documents: pl.DataFrame, truth: pl.Data
     source = (random.standard_t(3, count) * 1.5 + 0.8 - 2.6 * damaged + 0.5 * (documents["source"] == "numpy").to_numpy()) * 1e-6
     source[: len(texts)] = -1e-4 + 1e-6 * np.arange(len(texts))
     columns = {
-        "source": source,
+        "averaged_influence": source,
+        "source": source * 1.1 + random.normal(0, 1e-7, count),
         "ekfac_influence": source * 900 + random.normal(0, 1.5e-3, count),
         "gradient_dot": source * 4e4 + random.normal(0, 0.13, count),
         "gradient_cosine": np.tanh(source * 2e4) + random.normal(0, 0.07, count),

@@ -61,6 +61,7 @@ def test_scores_have_every_method_and_the_per_query_scores_sum_to_the_aggregate(
     _config, workspace = done
     table = pl.read_parquet(workspace.scores)
     assert [name for name in table.columns if name.startswith("score_")] == [
+        "score_averaged_influence",
         "score_source",
         "score_ekfac_influence",
         "score_gradient_dot",
@@ -299,7 +300,7 @@ def test_other_forms_of_the_preconditioner_run(toy, adam):
 
 def test_an_unknown_curation_method_is_refused(toy):
     _config, workspace = toy
-    with pytest.raises(ValueError, match="unknown method 'taste'; known are source, ekfac_influence"):
+    with pytest.raises(ValueError, match="unknown method 'taste'; known are averaged_influence, source, ekfac_influence"):
         run(toy_config(workspace.root, curation__method="taste"), workspace, "curation")
 
 
