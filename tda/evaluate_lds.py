@@ -11,22 +11,24 @@ from tda.data import Documents
 from tda.lds import CONFIDENCE, RESAMPLES, MethodLDS, mean_over_queries, method_lds
 
 BASELINES = ("random", "bm25", "gradient_dot")
+BEST = ("surrogate", "averaged_influence")  # the first of them for examples alone
 REFERENCES = ("ekfac_influence", "source")  # what other methods are compared with
 
 
 def default_methods(bank: Bank) -> list[str]:
-    """The methods to evaluate by LDS if none are named: the baselines that go with the data, and the references."""
+    """The methods to evaluate by LDS if none are named: baselines, references and the best, as they go with the data."""
     from tda.methods import METHODS
 
     documents = isinstance(bank.data.queries(bank.recipe), Documents)
-    return [name for name in (*BASELINES, *REFERENCES) if name in METHODS and (documents or name != "bm25")]
+    left_out = "surrogate" if documents else "bm25"
+    return [name for name in (*BASELINES, *REFERENCES, *BEST) if name in METHODS and name != left_out]
 
 
 def evaluate_lds(bank: Bank, variants: Sequence[Variant], seeds: Sequence[int], *, store: RunStore, name: str) -> dict:
     """Everything that was found, ready for JSON; `name` is what to call the bank."""
     scored = store.scores(variants, seeds)
     found = {label: method_lds([one.values for one in runs], bank.masks, bank.costs) for label, runs in scored.items()}
-    references = [label for label in found if label in REFERENCES] or [variants[0].label]
+    references = [variant.label for variant in variants if variant.method in REFERENCES] or [variants[0].label]
     return {
         "bank": describe(bank, name),
         "ceiling": ceiling(bank),

@@ -67,7 +67,14 @@ def test_lds(classes, folder, capsys):
     ):
         assert words in printed
     result = json.loads((folder / "out" / "result.json").read_text())
-    assert set(result["methods"]) == {"random", "gradient_dot", "ekfac_influence", "source"}  # bm25 needs tokens
+    assert set(result["methods"]) == {  # bm25 needs tokens
+        "random",
+        "gradient_dot",
+        "ekfac_influence",
+        "source",
+        "surrogate",
+        "averaged_influence",
+    }
     source, ekfac = result["methods"]["source"], result["methods"]["ekfac_influence"]
     assert source["single"]["mean"] == pytest.approx(np.mean(source["single"]["by_seed"]))
     assert source["single"]["low"] < source["single"]["mean"] < source["single"]["high"]
@@ -79,7 +86,7 @@ def test_lds(classes, folder, capsys):
     assert (folder / "out" / "result.png").read_bytes().startswith(b"\x89PNG")
 
     kept = {path: path.stat().st_mtime_ns for path in (folder / "data" / "evaluate").rglob("*.npy")}
-    assert len(kept) == 4 * 2
+    assert len(kept) == 6 * 2
     assert cli.main(arguments) == cli.OK  # nothing is worked out twice
     assert {path: path.stat().st_mtime_ns for path in (folder / "data" / "evaluate").rglob("*.npy")} == kept
     assert json.loads((folder / "out" / "result.json").read_text()) == result
