@@ -119,7 +119,7 @@ def tracked_layers(
     plain_head(model)  # what it has to run, it runs before there are hooks
     calls: list[tuple[str, Tensor]] = []
     handles = [
-        module.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, args[0])))
+        module.register_forward_hook(lambda _module, args, _output, name=name: calls.append((name, args[0])))
         for name, module in chosen.items()
     ]
     try:

@@ -188,9 +188,7 @@ def test_an_audit_and_the_gradients_stage_do_not_write_at_once(toy):
 
 
 def test_a_store_made_with_other_weights_is_refused(toy):
-    toy.checkpoint(1).joinpath("model", "model.safetensors").write_bytes(
-        toy.checkpoint(0).joinpath("model", "model.safetensors").read_bytes()
-    )
+    toy.checkpoint(1).joinpath("mean.safetensors").write_bytes(toy.checkpoint(0).joinpath("mean.safetensors").read_bytes())
     with pytest.raises(ValueError, match="rows made with other weights"):
         audit_scores(audit_config(toy, fresh(2)), toy)
 

@@ -252,8 +252,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(toy):
 
 def test_a_store_made_with_other_weights_is_refused(toy):
     config, workspace = toy
-    model = workspace.checkpoint(3) / "model" / "model.safetensors"
-    shutil.copy(workspace.checkpoint(2) / "model" / "model.safetensors", model)
+    shutil.copy(workspace.checkpoint(2) / "mean.safetensors", workspace.checkpoint(3) / "mean.safetensors")
     with pytest.raises(ValueError, match="rows made with other weights"):
         run(config, workspace, "scores")
 
