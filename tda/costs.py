@@ -1,0 +1,324 @@
+"""What the work of each stage comes to, in floating-point operations and bytes, counted from shapes alone.
+
+A multiply and an add are two operations. Matrix products are counted, attention as if every position saw every other; norms,
+softmax, sampling of labels and the optimizer are not. A batch costs what its padded tokens cost.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from tda.model import Layer, num_parameters, tracked_layers
+
+FLOAT = 4  # bytes of a float32
+EIGH = 9  # operations per cube of the size: tridiagonal form, its eigenvectors, and back (Golub and Van Loan, section 8.3)
+ROW_COLUMNS = 110  # bytes of a stored row beside its vector: id, content hash, source and six numbers
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention of one block: it reads the output of the matrix before it, the one numbered `after` - 1."""
+
+    after: int
+    width: int  # heads times their size
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What of a causal language model its costs depend on; `matrices` are its linear layers in the order of use."""
+
+    matrices: tuple[Layer, ...]
+    tracked: tuple[Layer, ...]
+    attention: tuple[Block, ...]
+    head: tuple[int, int]  # hidden size, vocabulary
+    parameters: int  # shared ones counted once
+
+    @property
+    def first(self) -> int:
+        """The place of the first tracked matrix: a frozen pass differentiates nothing below."""
+        names = {layer.name for layer in self.tracked}
+        return next(place for place, layer in enumerate(self.matrices) if layer.name in names)
+
+    @property
+    def head_is_matrix(self) -> bool:
+        """Whether the last matrix is the head: it shares no weight with the embedding."""
+        return (self.matrices[-1].d_in, self.matrices[-1].d_out) == self.head
+
+    @property
+    def head_is_tracked(self) -> bool:
+        """Whether something listens to the head, whose logits are then taken at all tokens."""
+        return self.head_is_matrix and self.matrices[-1].name == self.tracked[-1].name
+
+    @property
+    def body(self) -> int:
+        """Weights of the matrices, biases not counted."""
+        return sum(_weights(layer) for layer in self.matrices)
+
+    @property
+    def gradient(self) -> int:
+        """Values of a full gradient of the tracked layers."""
+        return sum(layer.d_in * layer.d_out for layer in self.tracked)
+
+    def groups(self) -> dict[str, Layer]:
+        """The first layer of each group that shares an input."""
+        held: dict[str, Layer] = {}
+        for layer in self.tracked:
+            held.setdefault(layer.group, layer)
+        return held
+
+
+def _weights(layer: Layer) -> int:
+    return (layer.d_in - layer.bias) * layer.d_out
+
+
+@dataclass(frozen=True)
+class Load:
+    """Batches, by what their costs depend on; they add up."""
+
+    documents: int = 0
+    tokens: int = 0  # padding included
+    squares: int = 0  # of the padded length, summed over documents
+    predictions: int = 0  # that count in the loss
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.squares + other.squares,
+            self.predictions + other.predictions,
+        )
+
+
+def load_of(plan: Iterable[Sequence[int]], lengths: np.ndarray, predictions: np.ndarray) -> Load:
+    """The load of batches of rows, each padded to its longest document."""
+    total = Load()
+    for rows in plan:
+        if len(rows):
+            longest = int(lengths[list(rows)].max())
+            total += Load(len(rows), len(rows) * longest, len(rows) * longest**2, int(predictions[list(rows)].sum()))
+    return total
+
+
+# passes over a model
+
+
+def forward(model: Decoder, load: Load, *, logits: bool = False) -> int:
+    """A forward pass; the head on the predictions that count, or (`logits`) on all tokens."""
+    attention = 4 * load.squares * sum(block.width for block in model.attention)
+    return 2 * load.tokens * _outside_head(model) + attention + _head(model, load, logits=logits)
+
+
+def _head(model: Decoder, load: Load, *, logits: bool) -> int:
+    return 2 * (load.tokens if logits else load.predictions) * model.head[0] * model.head[1]
+
+
+def _without_head(model: Decoder) -> tuple[Layer, ...]:
+    return model.matrices[:-1] if model.head_is_matrix else model.matrices
+
+
+def _outside_head(model: Decoder) -> int:
+    return model.body - (model.head[0] * model.head[1] if model.head_is_matrix else 0)
+
+
+def training_step(model: Decoder, load: Load) -> int:
+    """Forward and backward for all weights: the products of the forward pass three times."""
+    return 3 * forward(model, load)
+
+
+def frozen_pass(model: Decoder, load: Load) -> int:
+    """Forward, and backward to the outputs of the first tracked layers: no weight gradient, nothing below."""
+    first, group = model.first, model.matrices[model.first].group
+    above = sum(_weights(layer) for layer in _without_head(model)[first:] if layer.group != group)
+    attention = 8 * load.squares * sum(block.width for block in model.attention if block.after > first)
+    logits = model.head_is_tracked
+    backward_of_head = 0 if logits and model.matrices[-1].group == group else _head(model, load, logits=logits)
+    return forward(model, load, logits=logits) + 2 * load.tokens * above + attention + backward_of_head
+
+
+def covariance_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
+    """A frozen pass, and both covariances of every tracked layer; with a `rank`, of projected inputs and outputs."""
+    sides = [layer.d_in for layer in model.groups().values()] + [layer.d_out for layer in model.tracked]
+    products = sum(side * min(rank, side) + min(rank, side) ** 2 if rank else side**2 for side in sides)
+    return frozen_pass(model, load) + 2 * load.tokens * products
+
+
+def eigenvalue_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
+    """A frozen pass, both sides of every tracked layer rotated, their product for every document, and the sum of its squares."""
+    squares = 2 * load.documents * (row_values(model, rank=rank) if rank else model.gradient)
+    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank) + squares
+
+
+def row_pass(model: Decoder, load: Load, *, rank: int) -> int:
+    """A frozen pass, both sides of every tracked layer projected, and their product for every document."""
+    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank)
+
+
+def _projected_products(model: Decoder, *, rank: int) -> int:
+    def kept(side: int) -> int:
+        return min(rank, side) if rank else side
+
+    inputs = sum((layer.d_in - layer.bias) * kept(layer.d_in) for layer in model.groups().values())
+    return inputs + sum(layer.d_out * kept(layer.d_out) + kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked)
+
+
+def query_pass(model: Decoder, load: Load) -> int:
+    """A frozen pass that keeps every document's full gradient."""
+    return frozen_pass(model, load) + 2 * load.tokens * model.gradient
+
+
+def dot_pass(model: Decoder, load: Load, *, queries: int) -> int:
+    """A frozen pass with the dot products of every document's full gradient with `queries` others."""
+    return query_pass(model, load) + 2 * load.documents * queries * model.gradient
+
+
+def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
+    """The Gauss-Newton matrix of all tracked layers times `vectors`: two forward passes, and forward and back for each vector.
+
+    Each matrix carries a tangent of its input and of its weight, on the way back two gradients. A tangent that is zero, of the
+    weight of a matrix that is not tracked, or of an input that nothing tracked lies below, is multiplied once for all vectors.
+    """
+    first, group = model.first, model.matrices[model.first].group
+    tracked = {layer.name for layer in model.tracked}
+    body = _without_head(model)[first:]
+    one_way = sum(_weights(layer) * ((layer.group != group) + (layer.name in tracked)) for layer in body)
+    zeros = sum(_weights(layer) * ((layer.group == group) + (layer.name not in tracked)) for layer in body)
+    attention = sum(block.width for block in model.attention if block.after > first)
+    head = (2 if model.head_is_tracked else 1) * _head(model, load, logits=True)
+    once = 2 * forward(model, load, logits=True) + 2 * load.tokens * zeros
+    once += 0 if model.head_is_tracked else _head(model, load, logits=True)
+    return once + vectors * (4 * load.tokens * one_way + 2 * head + 16 * load.squares * attention)
+
+
+# algebra on factors
+
+
+def eigenbases(model: Decoder, *, rank: int = 0) -> int:
+    """The eigenvectors of both covariances of every tracked layer, in float64."""
+    sides = [layer.d_in for layer in model.groups().values()] + [layer.d_out for layer in model.tracked]
+    return EIGH * sum((min(rank, side) if rank else side) ** 3 for side in sides)
+
+
+def applications(model: Decoder, *, queries: int) -> int:
+    """A function of the curvature applied to `queries` full gradients: into the eigenbasis and back."""
+    return 4 * queries * sum(layer.d_in * layer.d_out * (layer.d_in + layer.d_out) for layer in model.tracked)
+
+
+def projections(model: Decoder, *, queries: int, rank: int) -> int:
+    """`queries` full gradients projected to rows."""
+    return (
+        2 * queries * sum(min(rank, layer.d_out) * layer.d_in * (layer.d_out + min(rank, layer.d_in)) for layer in model.tracked)
+    )
+
+
+# bytes
+
+
+def row_values(model: Decoder, *, rank: int) -> int:
+    """Numbers of a gradient row."""
+    return sum(min(rank, layer.d_in) * min(rank, layer.d_out) for layer in model.tracked)
+
+
+def row_bytes(model: Decoder, *, rank: int, dtype: str) -> int:
+    """A row of the gradient store with its columns."""
+    return row_values(model, rank=rank) * np.dtype(dtype).itemsize + ROW_COLUMNS
+
+
+def checkpoint_bytes(model: Decoder, *, copies: int) -> int:
+    """A checkpoint: `copies` times the weights, such as themselves, their mean and two moments."""
+    return copies * FLOAT * model.parameters
+
+
+def factor_bytes(model: Decoder, *, adam: str, rank: int = 0) -> int:
+    """EK-FAC of a segment: eigenvectors, those of inputs once per group; corrected eigenvalues; AdamW's P but for `none`."""
+
+    def kept(side: int) -> int:
+        return min(rank, side) if rank else side
+
+    inputs = [layer.d_in for layer in model.groups().values()]
+    outputs = [layer.d_out for layer in model.tracked]
+    values = sum(kept(side) ** 2 for side in inputs + outputs)
+    values += sum(kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked)
+    if rank:
+        values += sum(side * kept(side) for side in inputs + outputs)
+    if adam != "none":
+        values += model.gradient
+    if adam == "symmetric":
+        values += sum(layer.d_in**2 + layer.d_out**2 + layer.d_in * layer.d_out for layer in model.tracked)
+    return FLOAT * values
+
+
+# a model's shapes
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a block, in the name of its layers
+
+
+def with_blocks(model: Decoder, number: int, *, parameters: int) -> Decoder:
+    """The model with as many blocks, each like the first, where it has one.
+
+    Raises:
+        ValueError: its layers do not stand in numbered blocks.
+    """
+    inside = [layer for layer in model.matrices if _NUMBER.search(layer.name)]
+    if not inside or len(model.attention) != 1:
+        raise ValueError(
+            "plan: the model's linear layers do not stand in numbered blocks, so that its costs cannot be counted from one; "
+            f"got {', '.join(layer.name for layer in model.matrices[:4])}, ..."
+        )
+    after = model.matrices[model.matrices.index(inside[-1]) + 1 :]
+    blocks = [_renumbered(layer, block) for block in range(number) for layer in inside]
+    attention = tuple(
+        replace(model.attention[0], after=model.attention[0].after + block * len(inside)) for block in range(number)
+    )
+    return Decoder((*blocks, *after), (*blocks, *after), attention, model.head, parameters)
+
+
+def _renumbered(layer: Layer, block: int) -> Layer:
+    def named(name: str) -> str:
+        return _NUMBER.sub(f".{block}.", name, count=1)
+
+    return replace(layer, name=named(layer.name), group=named(layer.group))
+
+
+def tracking(model: Decoder, pattern: str) -> Decoder:
+    """The model with those layers tracked whose whole name matches `pattern`; a group is named after its first that is.
+
+    Raises:
+        ValueError: none matches.
+    """
+    chosen = [layer for layer in model.matrices if re.fullmatch(pattern, layer.name)]
+    if not chosen:
+        raise ValueError(
+            f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are "
+            f"{', '.join(layer.name for layer in model.matrices[:8])}, ..."
+        )
+    leaders: dict[str, str] = {}
+    for layer in chosen:
+        leaders.setdefault(layer.group, layer.name)
+    return replace(model, tracked=tuple(replace(layer, group=leaders[layer.group]) for layer in chosen))
+
+
+def shapes_of(model: nn.Module) -> Decoder:
+    """The shapes of a causal language model, all of whose linear layers are tracked. It is run on a few tokens.
+
+    Raises:
+        ValueError: its configuration does not say how its attention is shaped.
+    """
+    layers = tuple(tracked_layers(model))
+    config = model.config.get_text_config()
+    heads, blocks = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if not heads or not blocks:
+        raise ValueError(
+            f"plan: {type(model).__name__} does not say num_attention_heads and num_hidden_layers in its configuration; expected "
+            "a decoder of transformers"
+        )
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    body = [layer for layer in layers if (layer.d_in, layer.d_out) != (hidden, vocabulary)]
+    each = len(body) // blocks
+    reads = sum(layer.group == body[0].group for layer in body[:each])
+    attention = tuple(Block(block * each + reads, heads * size) for block in range(blocks))
+    return Decoder(layers, layers, attention, (hidden, vocabulary), num_parameters(model))
