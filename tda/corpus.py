@@ -99,12 +99,17 @@ class _File(NamedTuple):
 
 def python_texts(*, workers: int = 1) -> list[Text]:
     """All documents of `builtin:python`, sorted by id, each id once; the same for any number of `workers`."""
-    files = [file for source, packages in sorted(DOMAINS.items()) for package in packages for file in _files(source, package)]
+    files = source_files()
     found: dict[tuple[str, str], Text] = {}
     parsed = parallel_map(file_texts, files, workers=workers, description="prepare: reading docstrings", unit="file")
     for text in itertools.chain(*parsed, _reference_topics()):
         found.setdefault((text.source, text.name), text)
     return [found[key] for key in sorted(found)]
+
+
+def source_files() -> list[_File]:
+    """All source files that are read, by source and module."""
+    return [file for source, packages in sorted(DOMAINS.items()) for package in packages for file in _files(source, package)]
 
 
 def _files(source: str, package: str) -> list[_File]:

@@ -70,7 +70,7 @@ def prepare_documents(config: Prepare, *, model: str, workers: int = 1) -> Prepa
     )
     damaged, truth = damage_documents(split.training, share=config.damage, seed=config.seed)
 
-    tokenizer, end = _tokenizer(damaged, config=config, model=model)
+    tokenizer, end = made_tokenizer(damaged, config=config, model=model)
     parts = {"documents": damaged, "targets": split.targets, "heldout": split.heldout}
     encoded = {name: encode_documents(some, tokenizer, context=config.context, end=end) for name, some in parts.items()}
     rows, dropped = _fit(encoded, halves=split.halves, config=config)
@@ -134,7 +134,12 @@ def read_source(config: Prepare, location: str, *, key: str, workers: int = 1) -
         texts = python_texts(workers=workers)
         documents = [Document(f"{text.source}/{text.name}", text.source, text.text) for text in texts]
         return Reading(documents, num_rows=len(documents))
-    fields = Fields(
+    return read_documents(location, fields=fields_of(config), split=config.split, max_bad_rows=config.max_bad_rows, key=key)
+
+
+def fields_of(config: Prepare) -> Fields:
+    """The fields that `config` names."""
+    return Fields(
         text=config.text_field,
         prompt=config.prompt_field,
         completion=config.completion_field,
@@ -142,7 +147,6 @@ def read_source(config: Prepare, location: str, *, key: str, workers: int = 1) -
         source=config.source_field,
         part=config.part_field,
     )
-    return read_documents(location, fields=fields, split=config.split, max_bad_rows=config.max_bad_rows, key=key)
 
 
 def _clean(documents: list[Document], targets: list[Document], config: Prepare) -> tuple[list[Document], list[Document], dict]:
@@ -192,7 +196,7 @@ def _refuse_overlap(documents: list[Document], targets: list[Document]) -> None:
 # Tokens and tables
 
 
-def _tokenizer(documents: list[Document], *, config: Prepare, model: str) -> tuple[Any, bool]:
+def made_tokenizer(documents: list[Document], *, config: Prepare, model: str) -> tuple[Any, bool]:
     """The tokenizer, and whether it is one trained here, of which an end-of-text token closes each document."""
     if closes_documents(config, model=model):
         return train_tokenizer((one.text for one in documents), vocabulary=config.vocabulary), True
