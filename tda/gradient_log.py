@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 import xxhash
+from torch import Tensor
 
 from tda.artifacts import Workspace
 from tda.checkpoints import load_checkpoint, weights_digest
@@ -16,6 +18,7 @@ from tda.parallel import device_of, num_workers, worker_pool
 from tda.projection import Projection
 from tda.store import open_table
 from tda.stored_rows import Rows
+from tda.streaming import HostBuffers, in_background
 from tda.task import CausalLM
 
 
@@ -56,11 +59,12 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     }
     model = load_checkpoint(workspace, checkpoint).to(device)
 
-    def rows_of(batch_rows: list[int]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    def rows_of(batch_rows: list[int]) -> Tensor | np.ndarray:
         rows, losses = gradient_rows(
             model, factors.layers, documents.batch(batch_rows).to(device), task=CausalLM(), projections=projections
         )
-        return batch_rows, rows.float().cpu().numpy(), losses.float().cpu().numpy()
+        both = torch.cat([rows.float(), losses.float()[:, None]], dim=1)  # one copy to the host
+        return both if both.is_cuda else both.numpy()  # as an array it can come from another process
 
     dim = sum(held.size for held in projections.values())
     with worker_pool(rows_of, workers=num_workers(config.compute)) as call:
@@ -78,7 +82,9 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         missing = [batch for batch in plan if _lacking(documents, batch, present)]
         table.check_space(sum(map(len, missing)))
         results = call(missing, f"gradients at checkpoint {checkpoint}", "batch")
-        table.write(_as_rows(documents, *result) for result in results)
+        buffers = HostBuffers(max(map(len, missing), default=0), dim + 1, device=device)
+        copies = ((rows, buffers.fetch(torch.as_tensor(result))) for rows, result in zip(missing, results, strict=True))
+        in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
         layers = [{"name": name, "rows": held.P_o.shape[1], "columns": held.P_i.shape[1]} for name, held in projections.items()]
         return table.seal(list(zip(documents.ids, documents.content_hashes, strict=True)), layers=layers)
 
@@ -91,13 +97,15 @@ def _plan(config: Config, documents: Documents, rows: list[int]) -> list[list[in
     return batch_plan(documents.lengths[rows], batch_tokens=config.gradients.batch_tokens)
 
 
-def _as_rows(documents: Documents, rows: list[int], vectors: np.ndarray, losses: np.ndarray) -> Rows:
+def _as_rows(documents: Documents, rows: list[int], numbers: np.ndarray) -> Rows:
+    """Rows of the store of vectors with the loss as their last column; nothing that outlives its block refers to `numbers`."""
+    vectors = numbers[:, :-1]
     return Rows(
         doc_ids=[documents.ids[row] for row in rows],
         content_hashes=[documents.content_hashes[row] for row in rows],
         sources=[documents.sources[row] for row in rows],
         tokens=documents.num_loss_tokens[rows].astype(np.int32),
-        losses=losses,
+        losses=numbers[:, -1].copy(),
         gradient_norms=np.linalg.norm(vectors, axis=1),
         vectors=vectors,
     )
