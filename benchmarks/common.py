@@ -127,11 +127,14 @@ def speed(ours: list[float], reference: list[float], *, num_tokens: int) -> dict
     }
 
 
+def commit() -> str:
+    """The short name of the commit that is checked out; empty without git's folder."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def facts(chosen: argparse.Namespace, documents: Documents) -> dict:
     """What was measured on what."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     device = f"cpu, {torch.get_num_threads()} thread" if chosen.device == "cpu" else torch.cuda.get_device_name()
     held = {name: value for name, value in vars(chosen).items() if name not in ("device", "data")}
     return {
@@ -140,5 +143,5 @@ def facts(chosen: argparse.Namespace, documents: Documents) -> dict:
         "device": device,
         "versions": {name: version(name) for name in ("torch", "transformers", "lancedb")}
         | {"python": platform.python_version()},
-        "commit": commit,
+        "commit": commit(),
     }

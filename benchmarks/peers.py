@@ -37,6 +37,7 @@ from tda.usage import Usage
 DRIVERS = Path(__file__).parent / "peer_drivers"
 ENVIRONMENTS = ROOT / "build" / "peers"
 OURS = "ekfac_influence,source,averaged_influence,surrogate"
+OURSELVES = "ours"
 TORCH = "torch==2.13.0"
 NOT_NEEDED = ("torchvision", "torchaudio")  # no peer imports them; of another build than torch, they break transformers
 
@@ -53,6 +54,7 @@ class Peer:
 PEERS = {
     "kronfluence": Peer(("kronfluence==1.0.1", "transformers>=5.20,<6"), ("ekfac",), ("ekfac",)),
     "dattri": Peer(("dattri==0.3.0", "safetensors"), ("ekfac", "cg", "trak")),
+    "dattri_llm": Peer(("dattri-llm==0.1.0", "transformers>=5.20,<6"), ()),
     "traker": Peer(("traker==0.3.2", "safetensors"), ("trak",)),
     "bergson": Peer(("bergson==2.5.1",), (), ("ekfac", "source", "source_adam")),
 }
@@ -75,11 +77,13 @@ def interpreter(peer: str) -> Path:
 
 
 def install(peer: str) -> None:
-    """Make the peer's environment."""
+    """Make the peer's environment: torch first, so that no package brings a build of its own. A failure of pip ends it."""
     folder = ENVIRONMENTS / peer
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "--quiet", TORCH, *PEERS[peer].packages], check=True)
-    subprocess.run([folder / "bin" / "pip", "uninstall", "--quiet", "--yes", *NOT_NEEDED], check=True)
+    pip = [folder / "bin" / "python", "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", TORCH], check=True)
+    subprocess.run([*pip, "install", TORCH, *PEERS[peer].packages], check=True)
+    subprocess.run([*pip, "uninstall", "--yes", *NOT_NEEDED], check=True)
 
 
 def hand_over(
@@ -118,19 +122,28 @@ def _arrays(part: str, data: Data) -> dict[str, np.ndarray]:
 
 
 def drive(peer: str, method: str, folder: Path) -> Scored:
-    """Run the peer's driver on what was handed over in `folder`.
-
-    Raises:
-        PeerError: the peer is not there, or its driver failed.
-    """
-    command = [interpreter(peer), DRIVERS / f"run_{peer}.py", method, folder]
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"} | quiet)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise PeerError(f"{peer} {method}: the driver failed with {done.returncode}: {said[-1].strip()}")
+    """Run the peer's driver on what was handed over in `folder`; PeerError as in `run_driver`."""
+    run_driver(peer, DRIVERS / f"run_{peer}.py", method, folder)
     usage = json.loads((folder / "usage.json").read_text(encoding="utf-8"))
     return Scored(np.load(folder / "scores.npy"), Usage(**usage))
+
+
+def run_driver(peer: str, driver: Path, *arguments: str | Path, threads: int = 1) -> None:
+    """Run a driver under the peer's interpreter; "ours" is this one.
+
+    Raises:
+        PeerError: the peer is not there, or the driver failed.
+    """
+    command = [Path(sys.executable) if peer == OURSELVES else interpreter(peer), driver, *arguments]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | quiet
+    if peer == OURSELVES:
+        environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        what = " ".join([peer, *(argument for argument in arguments if isinstance(argument, str))])
+        raise PeerError(f"{what}: the driver failed with {done.returncode}: {said[-1].strip()}")
 
 
 def peer_scores(peer: str, method: str, run: Run, recipe: Recipe, train: Data, queries: Data, *, seed: int, work: Path) -> Scored:
