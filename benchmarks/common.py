@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from tda.artifacts import Workspace
 from tda.config import Architecture, Config, load_config
@@ -92,6 +94,18 @@ def lean_pass(model: nn.Module, batch: Batch) -> None:
     handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     document_losses(model, batch)[0].backward()
     handle.remove()
+
+
+def count_flops(action: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and of attention in `action`.
+
+    torch's counter knows neither products added in place nor the fused attention of a CPU: the first are told to it, and
+    attention is taken apart into its products while they are counted.
+    """
+    in_place = {torch.ops.aten.addmm_: lambda _self, a, b, *_, out_shape=None, **__: addmm_flop(_self, a, b)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
+        action()
+    return counter.get_total_flops()
 
 
 def in_turns(actions: dict[str, Callable[[], object]], *, rounds: int, device: str) -> dict[str, list[float]]:

@@ -7,13 +7,13 @@ labels and norms are not. Prints one JSON line.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import (
     ROOT,
+    count_flops,
     facts,
     frozen_pass,
     in_turns,
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
             model, layers, batches, task=CausalLM(), basis=basis, weights=weights, generator=generator()
         ),
     }
-    flops = {name: count(action) for name, action in actions.items()}
+    flops = {name: count_flops(action) for name, action in actions.items()}
     spent = in_turns(actions, rounds=chosen.rounds, device=chosen.device)
     num_tokens = int(documents.lengths.sum())
     measured = {
@@ -66,12 +66,6 @@ def main(arguments: Sequence[str]) -> None:
         for name, times in spent.items()
     }
     print(json.dumps({"claim": "curvature_keeps_up", **facts(chosen, documents), **measured}))
-
-
-def count(action: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        action()
-    return counter.get_total_flops()
 
 
 def check(model, layers, batches, basis, sums) -> None:

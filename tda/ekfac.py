@@ -21,6 +21,9 @@ from tda.projection import Projection, append_one, encode_inputs
 from tda.spectral import SpectralFn
 from tda.task import Task
 
+SMALLEST_STRIP = 64  # columns; narrower products run slower than they are smaller
+MOST_STRIPS = 8
+
 
 @dataclass(frozen=True)
 class EKFAC:
@@ -88,14 +91,32 @@ def covariances(
             num_tokens += int(counts.sum())
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
+    for sums in (A, S):
+        for matrix in sums.values():
+            complete_from_lower(matrix)
     return Covariances(A, S, num_tokens)
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]) -> None:
-    if name in sums:
-        sums[name].addmm_(rows.T, rows)
-    else:
-        sums[name] = rows.T @ rows
+    if name not in sums:
+        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+    add_lower_products(sums[name], rows)
+
+
+def add_lower_products(total: Float[Tensor, "d d"], rows: Float[Tensor, "row d"]) -> None:
+    """Add `rows^T rows` to the lower triangle of `total`, one strip of columns after another; what is above it is not to be read.
+
+    A strip starts at its diagonal block, so that with s strips (s + 1) / 2s of the whole product's operations are done.
+    """
+    d = len(total)
+    strip = d if d < SMALLEST_STRIP * 2 else max(SMALLEST_STRIP, -(-d // MOST_STRIPS))
+    for start in range(0, d, strip):
+        total[start:, start : start + strip].addmm_(rows[:, start:].T, rows[:, start : start + strip])
+
+
+def complete_from_lower(total: Float[Tensor, "d d"]) -> None:
+    """Make `total` symmetric, by its lower triangle."""
+    total.tril_().add_(total.tril(-1).T)
 
 
 def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,9 +2,20 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tda.data import batches
-from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import (
+    EKFAC,
+    MOST_STRIPS,
+    SMALLEST_STRIP,
+    Covariances,
+    add_lower_products,
+    complete_from_lower,
+    corrected_eigenvalues,
+    covariances,
+    eigenbasis,
+)
 from tda.model import tracked_layers
 from tda.preconditioner import LayerCurvature, adam_preconditioner, plain, scalar, scaled_factors
 from tda.projection import random_projections
@@ -92,6 +103,26 @@ def test_covariances_merge_and_do_not_depend_on_batches():
     assert merged.num_tokens == whole.num_tokens == int((documents.lengths - 1).sum())
     for name, A in whole.A.items():  # inputs do not depend on the labels; pseudo-gradients of sampled labels do
         torch.testing.assert_close(A, merged.A[name])
+
+
+@pytest.mark.parametrize("d", [1, 5, SMALLEST_STRIP * 2 - 1, SMALLEST_STRIP * 2, 300, SMALLEST_STRIP * (MOST_STRIPS + 2) + 3])
+def test_products_of_the_lower_triangle_make_the_whole_product(d):
+    generator = torch.Generator().manual_seed(d)
+    total = torch.zeros(d, d, dtype=torch.float64)
+    parts = [torch.randn(7, d, dtype=torch.float64, generator=generator) for _ in range(2)]
+    for rows in parts:
+        add_lower_products(total, rows)
+    complete_from_lower(total)
+    torch.testing.assert_close(total, sum(rows.T @ rows for rows in parts))
+    assert torch.equal(total, total.T)
+
+
+def test_a_wide_covariance_takes_little_more_than_half_of_its_operations():
+    rows = torch.zeros(4, SMALLEST_STRIP * MOST_STRIPS)
+    in_place = {torch.ops.aten.addmm_: lambda _total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        add_lower_products(torch.zeros(rows.shape[1], rows.shape[1]), rows)
+    assert counter.get_total_flops() == 2 * 4 * rows.shape[1] ** 2 * (MOST_STRIPS + 1) // (2 * MOST_STRIPS)
 
 
 def test_projected_covariances_are_projections_of_full_ones():
