@@ -114,6 +114,10 @@ class Workspace:
         """The LanceDB folder. Not versioned; the manifests are."""
         return self._at("store")
 
+    def profile(self, stage: str) -> Path:
+        """Folder of the profile of a stage, or of a part of it (`curvature-0`): `trace.json.gz`, `table.txt`. Not versioned."""
+        return self._at("profile", stage)
+
     # scores, curation
     @property
     def scores(self) -> Path:

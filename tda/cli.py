@@ -136,6 +136,7 @@ def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
         command.add_argument("--index", type=int, required=True, metavar="N", help=f"one of {stage.indices} in params.yaml")
     else:
         command.set_defaults(index=None)
+    command.add_argument("--profile", action="store_true", help="record where the time goes, in one process: data/profile/")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -265,7 +266,18 @@ def _print_json(value: dict) -> None:
 def _stage(options: argparse.Namespace) -> int:
     from tda.pipeline import run_stage
 
-    run_stage(options.command, *_inputs(options), options.index)
+    config, workspace = _inputs(options)
+    if not options.profile:
+        run_stage(options.command, config, workspace, options.index)
+        return OK
+    from tda.profiling import profiled
+
+    os.environ["TDA_WORKERS"] = "1"  # the profiler sees this process alone
+    folder = workspace.profile("-".join([options.command, *([] if options.index is None else [str(options.index)])]))
+    with profiled(folder):
+        run_stage(options.command, config, workspace, options.index)
+    print(f"table    {folder / 'table.txt'}   (in one process, whatever compute.workers says)")
+    print(f"trace    {folder / 'trace.json.gz'}   (open it in a browser: chrome://tracing or ui.perfetto.dev)")
     return OK
 
 

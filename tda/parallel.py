@@ -86,7 +86,15 @@ def worker_pool(
 
 
 def _with_bar(results: Iterable[Result], total: int, description: str, unit: str) -> Iterator[Result]:
-    yield from tqdm(results, total=total, desc=description, unit=unit, disable=not progress_is_shown())
+    for result in tqdm(results, total=total, desc=description, unit=unit, disable=not progress_is_shown()):
+        yield result
+        piece_done()
+
+
+def piece_done() -> None:
+    """Call what is to be called between pieces of work."""
+    for call in between_pieces:
+        call()
 
 
 def progress_is_shown() -> bool:
@@ -94,6 +102,7 @@ def progress_is_shown() -> bool:
     return sys.stderr.isatty() or bool(os.environ.get("TDA_PROGRESS"))
 
 
+between_pieces: list[Callable[[], None]] = []  # what a profile asks to be told
 _inherited: dict[str, Callable[[Any], Any]] = {}  # what forked workers run; a closure cannot be pickled
 
 

@@ -14,7 +14,7 @@ from tda.config import Train
 from tda.data import Documents
 from tda.means import RunningMean
 from tda.model import build_model, load_model, num_parameters
-from tda.parallel import progress_is_shown
+from tda.parallel import piece_done, progress_is_shown
 from tda.train import (
     Taken,
     checkpoint_steps,
@@ -68,6 +68,7 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
             if mean is not None:
                 mean.add()
             bar.update()
+            piece_done()
             bar.set_postfix(loss=f"{now.loss:.3f}", refresh=False)
             if now.step.number in at:
                 model.eval()

@@ -119,6 +119,15 @@ def test_a_stage_runs(folder):
     assert (folder / "data" / "prepare" / "prepare.json").exists()
 
 
+def test_a_profile_of_a_stage_lies_beside_its_output(folder):
+    (folder / "data" / "curvature").mkdir(parents=True)
+    result = run("curvature", "--index", "0", "--profile")
+    assert (result.returncode, result.stderr) == (cli.OK, "")
+    made = folder / "data" / "profile" / "curvature-0"
+    assert sorted(path.name for path in made.iterdir()) == ["table.txt", "trace.json.gz"]
+    assert str(Path("data", "profile", "curvature-0", "table.txt")) in result.stdout
+
+
 def test_root_and_params_are_given(folder):
     (folder / "params.yaml").rename(folder / "other.yaml")
     assert run("prepare", "--params", "other.yaml", "--root", "elsewhere").returncode == cli.OK
