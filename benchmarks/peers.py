@@ -54,7 +54,7 @@ class Peer:
 PEERS = {
     "kronfluence": Peer(("kronfluence==1.0.1", "transformers>=5.20,<6"), ("ekfac",), ("ekfac",)),
     "dattri": Peer(("dattri==0.3.0", "safetensors"), ("ekfac", "cg", "trak")),
-    "dattri_llm": Peer(("dattri-llm==0.1.0", "transformers>=5.20,<6"), ()),
+    "dattri_llm": Peer(("dattri-llm[transformers]==0.1.0", "transformers>=5.20,<6", "safetensors"), ()),
     "traker": Peer(("traker==0.3.2", "safetensors"), ("trak",)),
     "bergson": Peer(("bergson==2.5.1",), (), ("ekfac", "source", "source_adam")),
 }
