@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--file", type=Path, help="read the text from FILE instead")
     query.add_argument("--top", type=_positive, default=10, metavar="N", help="documents on either side (default: %(default)s)")
     _add_json(query)
+
+    plan = _add(commands, _plan, "what a run will take: time, disk and memory of every stage", "plan --json plan.json")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE too")
+    plan.add_argument("--flops", type=_amount, metavar="N", help="of another machine: operations a second, as 4e14")
+    plan.add_argument("--disk", type=_amount, metavar="N", help="of another machine: bytes written a second, as 2e9")
+    plan.add_argument("--memory", type=_amount, metavar="N", help="of another machine: bytes of memory free, as 8e10")
 
     verdict = _add(commands, _verdict, "the verdict, where the report is, and what to do next", "verdict")
     _add_json(verdict)
@@ -234,6 +241,16 @@ def _positive(text: str) -> int:
     return number
 
 
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if not 0 < amount < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, as 4e14; got {text}")
+    return amount
+
+
 def _counts(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
@@ -303,6 +320,18 @@ def _text(options: argparse.Namespace) -> str:
     if not text.strip():
         raise ValueError("the text is empty; expected at least one word")
     return text
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from tda.artifacts import write_json
+    from tda.plan import make_plan, render
+
+    config, workspace = _inputs(options)
+    plan = make_plan(config, workspace, flops=options.flops, disk=options.disk, memory=options.memory)
+    print(render(plan))
+    if options.json:
+        write_json(options.json, plan.as_json())
+    return OK
 
 
 def _verdict(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from tda.model import Layer, num_parameters, tracked_layers
 
 FLOAT = 4  # bytes of a float32
 EIGH = 9  # operations per cube of the size: tridiagonal form, its eigenvectors, and back (Golub and Van Loan, section 8.3)
+VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1 + 1 / 64}  # bytes; int8 with an exponent for every 64 values
 ROW_COLUMNS = 110  # bytes of a stored row beside its vector: id, content hash, source and six numbers
 
 
@@ -223,7 +224,7 @@ def row_values(model: Decoder, *, rank: int) -> int:
 
 def row_bytes(model: Decoder, *, rank: int, dtype: str) -> int:
     """A row of the gradient store with its columns."""
-    return row_values(model, rank=rank) * np.dtype(dtype).itemsize + ROW_COLUMNS
+    return round(row_values(model, rank=rank) * VALUE[dtype]) + ROW_COLUMNS
 
 
 def checkpoint_bytes(model: Decoder, *, copies: int) -> int:

@@ -1,0 +1,444 @@
+"""How fast this machine does what the stages do: operations per second of each kind of pass, on the model's own shapes.
+
+Every pass is the pipeline's own function, on a few batches of the corpus, or on a part of the model where the whole would take
+long: a few of its blocks, a few documents. Seconds are the process's own, so that what else the machine does counts little; how
+much longer the clock took is measured beside them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tda import costs
+from tda.baselines import bm25_scores
+from tda.capture import captured
+from tda.config import Config
+from tda.costs import Decoder, load_of
+from tda.data import Batch, Documents, batch_plan
+from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
+from tda.fitted import VALUES_AT_ONCE
+from tda.ggn import gauss_newton_product, queries_at_once
+from tda.gradients import gradient_dots, gradient_rows, query_gradients
+from tda.losses import document_losses
+from tda.model import build_model, load_model
+from tda.parallel import parallel_map
+from tda.projection import random_projections
+from tda.target_influence import NUM_GROUPS, SOLVER_BATCH_TOKENS
+from tda.task import CausalLM
+from tda.train import Step, make_optimizer, mean_loss, save_checkpoint, train
+from tda.usage import measured
+
+PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries", "dots", "product")
+SECONDS = 0.4  # of one kind of pass
+PROBE = 1e9  # operations of the matrix product that says how large a part of the model can be run
+LEAST_TOKENS = 256  # of a batch: fewer do not keep a processor busy
+STORED_BYTES = 16 * 2**20  # of rows that are written to a store, sealed and read
+WRITTEN_BYTES = 64 * 2**20  # of a file that the disk is tried with
+IMPORTS = {  # what stages load, the later ones all that comes before
+    "tables": "import tda.artifacts, tda.config, polars, numpy",
+    "torch": "import tda.data, tda.parallel",
+    "model": "from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM; import tda.factors",
+    "store": "import lancedb, lance, tda.store",
+    "statistics": "import scipy.stats, scipy.optimize",
+}
+
+
+@dataclass(frozen=True)
+class Startup:
+    """What a process takes before its work: processor time in seconds, memory in bytes."""
+
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine does. Rates are those of one process, per second of the processor's time."""
+
+    name: str
+    workers: int
+    rates: dict[str, float]  # operations a second: by kind of pass, `eigh`, `algebra`
+    slowdown: float  # processor seconds of a process when all workers are at work, in those of one alone
+    alone: float  # clock seconds per processor second of a process alone
+    cores: float  # processor seconds that all workers together get in a second of the clock
+    disk: float  # bytes written a second
+    stored: float  # bytes of rows written and sealed a second
+    scanned: float  # bytes of stored rows multiplied with a query a second
+    load: float  # seconds to read a checkpoint of the model that was calibrated with, `load_bytes` large
+    save: float
+    load_bytes: int
+    words: float  # seconds per document of word-based scores
+    startups: dict[str, Startup]
+    worker_bytes: int  # a worker's own memory in a pass, of the model that was calibrated with
+    free_memory: int
+    free_disk: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The model that is calibrated with, or a part of it, and what of it its backward pass keeps."""
+
+    model: nn.Module
+    shapes: Decoder
+    whole: Decoder  # the model that is planned for
+    kept: dict[str, float]  # bytes per token that are kept for the backward pass: `training`, `frozen`
+    batch_tokens: int
+
+
+def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[nn.Module, Decoder]:
+    """The model of `train.model` with random weights and no more than some blocks (0: all); and the shapes of all of it.
+
+    A folder or hub id is asked for its configuration alone.
+
+    Raises:
+        FileNotFoundError: there is no configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.train.model == "llama":
+        shape = config.train.architecture
+
+        def made(number: int) -> nn.Module:
+            return build_model(
+                shape.model_copy(update={"num_layers": number}), vocabulary=vocabulary, context=config.prepare.context, seed=0
+            )
+
+        number = shape.num_layers
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in made(number).parameters())
+    else:
+        try:
+            about = AutoConfig.from_pretrained(config.train.model)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"train.model: no configuration in {config.train.model}: {str(error).splitlines()[0]}; expected llama, or a "
+                "folder or hub id with the config.json of a causal language model"
+            ) from error
+        number = about.get_text_config().num_hidden_layers
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(about).parameters())
+
+        def made(number: int) -> nn.Module:
+            about.get_text_config().num_hidden_layers = number
+            return AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval()
+
+    model = made(min(blocks or number, number))
+    shapes = costs.shapes_of(model)
+    if blocks and blocks < number:
+        one = shapes if blocks == 1 else costs.shapes_of(made(1))
+        return model, costs.with_blocks(one, number, parameters=parameters)
+    return model, shapes
+
+
+def matrix_rate(shapes: Decoder) -> float:
+    """Operations a second of a matrix product in the model's most frequent shape."""
+    layer = max(shapes.tracked, key=lambda layer: layer.d_in * layer.d_out)
+    rows = max(16, int(PROBE / (2 * layer.d_in * layer.d_out)))
+    a, W = torch.randn(min(rows, 4096), layer.d_in), torch.randn(layer.d_in, layer.d_out)
+    seconds = min(_seconds(lambda: a @ W) for _ in range(3))
+    return 2 * a.shape[0] * layer.d_in * layer.d_out / seconds
+
+
+def sample_of(config: Config, documents: Documents, *, vocabulary: int) -> Sample:
+    """As much of the model as a few batches can be run of in the time of a calibration."""
+    torch.set_num_threads(1)
+    _model, whole = sample_model(config, vocabulary=vocabulary, blocks=1)
+    rate = matrix_rate(whole)
+    plan = batch_plan(documents.lengths, batch_tokens=config.gradients.batch_tokens)
+    one = load_of(plan[:1], documents.lengths, documents.num_loss_tokens)
+    affordable = rate * SECONDS
+    tokens = max(LEAST_TOKENS, int(one.tokens * min(1.0, affordable / costs.training_step(whole, one))))
+    short = load_of(
+        batch_plan(documents.lengths, batch_tokens=min(tokens, config.gradients.batch_tokens))[:1],
+        documents.lengths,
+        documents.num_loss_tokens,
+    )
+    all_blocks = len(whole.attention)
+    each = costs.training_step(whole, short) / all_blocks
+    blocks = int(min(all_blocks, max(1, affordable / each)))
+    model, whole = sample_model(config, vocabulary=vocabulary, blocks=blocks)
+    shapes = costs.shapes_of(model)
+    batch = documents.batch(batch_plan(documents.lengths, batch_tokens=LEAST_TOKENS)[0])
+    scale = (whole.body + whole.head[0]) / (shapes.body + shapes.head[0])
+    kept = {name: scale * value / batch.tokens.numel() for name, value in _kept_bytes(model, shapes, batch).items()}
+    return Sample(model, shapes, whole, kept, min(tokens, config.gradients.batch_tokens))
+
+
+def _kept_bytes(model: nn.Module, shapes: Decoder, batch: Batch) -> dict[str, int]:
+    """Bytes that a backward pass keeps of a forward pass, parameters not counted: when training, and with frozen weights."""
+    held: dict[int, int] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        document_losses(model, batch)
+    training = sum(held.values())
+    held.clear()
+    inputs: list[int] = []
+    layers = list(shapes.tracked)
+    with (
+        captured(model, layers, encode=lambda _layer, a: inputs.append(a.nbytes), consume=lambda *_: None),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        document_losses(model, batch)
+    return {"training": training, "frozen": sum(held.values()) + sum(inputs)}
+
+
+def calibrate(
+    config: Config, sample: Sample, corpus_steps: Sequence[Step], documents: Documents, *, workers: int, folder: Path
+) -> Machine:
+    """The machine at hand, measured with the model's own passes on some of `documents`; `folder` is on the disk of the run."""
+    rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, corpus_steps, documents, workers=workers)
+    rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
+    load, save, load_bytes = _checkpoint_seconds(config, sample)
+    texts = [" ".join(map(str, row.tolist())) for row in documents.tokens[:512]]
+    words = _seconds(lambda: bm25_scores(texts, texts[:64])) / len(texts)
+    folder = _existing(folder)
+    startups = start_ups()  # before Lance is here, so that this process can still fork
+    disk = disk_rate(folder)
+    stored, scanned = _store_rates(
+        folder, dim=costs.row_values(sample.shapes, rank=config.gradients.rank), dtype=config.gradients.dtype
+    )
+    return Machine(
+        name="this machine, measured now",
+        workers=workers,
+        rates=rates,
+        slowdown=slowdown,
+        alone=alone,
+        cores=cores,
+        disk=disk,
+        stored=stored,
+        scanned=scanned,
+        load=load,
+        save=save,
+        load_bytes=load_bytes,
+        words=words,
+        startups=startups,
+        worker_bytes=worker_bytes,
+        free_memory=free_memory(),
+        free_disk=shutil.disk_usage(folder).free,
+    )
+
+
+def given(machine: Machine, *, flops: float | None, disk: float | None, memory: float | None) -> Machine:
+    """The machine with what is given of another in place of what was measured here: operations and bytes a second, bytes."""
+    told = {}
+    if flops is not None:
+        told |= {"rates": dict.fromkeys(machine.rates, flops), "slowdown": 1.0, "alone": 1.0, "cores": float(machine.workers)}
+        told["name"] = f"a machine of {flops:.3g} operations a second"
+    if disk is not None:
+        told |= {"disk": disk, "stored": min(disk, machine.stored)}
+    if memory is not None:
+        told["free_memory"] = int(memory)
+    return replace(machine, **told)
+
+
+def _passes(
+    config: Config, sample: Sample, steps: Sequence[Step], documents: Documents, *, workers: int
+) -> tuple[dict[str, float], float, float, float, int]:
+    """Rates of all kinds of passes; how much slower beside others; clock per processor second, alone; cores; a worker's bytes."""
+    model, shapes = sample.model, costs.tracking(sample.shapes, _pattern(config, sample.shapes))
+    layers = list(shapes.tracked)
+    lengths, predictions = documents.lengths, documents.num_loss_tokens
+    plan = batch_plan(lengths, batch_tokens=sample.batch_tokens)
+    plan = [plan[place] for place in sorted({int(place) for place in np.linspace(0, len(plan) - 1, 4)})]
+    solver = batch_plan(lengths, batch_tokens=min(sample.batch_tokens, SOLVER_BATCH_TOKENS))
+    solver = [solver[len(solver) // 3]]
+    size = max(1, min(config.train.batch_size, sample.batch_tokens // int(lengths.max()) or 1))
+    taken = [replace(step, rows=step.rows[:size]) for step in steps[:: max(1, len(steps) // 6)][:6]]
+    task, generator = CausalLM(), torch.Generator().manual_seed(0)
+    projections = random_projections(layers, rank=config.gradients.rank, seed=0)
+    optimizer = make_optimizer(model, config.train)
+    batches = [documents.batch(rows) for rows in plan]
+    basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
+    query = {name: G[:1] for name, G in query_gradients(model, layers, batches[1:2], task=task)[0].items()}
+    vectors = min(NUM_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
+    product = gauss_newton_product(model, layers, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
+    v = torch.randn(vectors, shapes.gradient)
+    few = documents.select(np.concatenate(plan))
+
+    def load(rows: Sequence[Sequence[int]]) -> costs.Load:
+        return load_of(rows, lengths, predictions)
+
+    weights = torch.ones(len(documents))
+    rank = config.gradients.rank
+    actions: dict[str, tuple[Callable[[], object], float]] = {
+        "covariances": (
+            lambda: covariances(model, layers, batches, task=task, generator=generator),
+            costs.covariance_pass(shapes, load(plan)),
+        ),
+        "eigenvalues": (
+            lambda: corrected_eigenvalues(model, layers, batches, task=task, basis=basis, weights=weights, generator=generator),
+            costs.eigenvalue_pass(shapes, load(plan)),
+        ),
+        "rows": (
+            lambda: [
+                gradient_rows(model, layers, batch, task=task, projections=projections)[0].numpy().tobytes() for batch in batches
+            ],
+            costs.row_pass(shapes, load(plan), rank=rank),
+        ),
+        "queries": (lambda: query_gradients(model, layers, batches[1:2], task=task), costs.query_pass(shapes, load(plan[1:2]))),
+        "dots": (
+            lambda: [gradient_dots(model, layers, batch, task=task, queries=query) for batch in batches],
+            costs.dot_pass(shapes, load(plan), queries=1),
+        ),
+        "product": (lambda: product(v), costs.product_pass(shapes, load(solver), vectors=vectors)),
+        "forward": (
+            lambda: mean_loss(model, few, batch_tokens=sample.batch_tokens),
+            costs.forward(shapes, load(plan)),
+        ),
+        "training": (
+            lambda: train(model, documents, taken, config.train, optimizer=optimizer),
+            costs.training_step(shapes, load([step.rows for step in taken])),
+        ),
+    }
+
+    def together(_number: int) -> tuple[float, float, float, int]:
+        with measured() as usage:
+            actions["rows"][0]()  # warm
+            began, start = time.perf_counter(), time.process_time()
+            repeats = 0
+            while time.process_time() - start < SECONDS or not repeats:
+                actions["rows"][0]()
+                repeats += 1
+            spent, clock = time.process_time() - start, time.perf_counter() - began
+        return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + _own_bytes()
+
+    outcome = list(parallel_map(together, range(workers), workers=workers, description="calibrating", unit="worker"))
+    spent = {}
+    began, start = time.perf_counter(), time.process_time()
+    for name, (action, _flops) in actions.items():
+        spent[name] = min(_seconds(action), _seconds(action))  # the first is slower: it asks the system for memory
+    alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
+    rates = {name: flops / spent[name] for name, (_action, flops) in actions.items()}
+    each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)
+    cores = sum(seconds / clock for seconds, _repeats, clock, _bytes in outcome)
+    return rates, max(1.0, each / spent["rows"]), alone, cores, max(own for *_rest, own in outcome)
+
+
+def _pattern(config: Config, shapes: Decoder) -> str:
+    """`curvature.layers`, or all layers where the blocks at hand have none of those."""
+    try:
+        costs.tracking(shapes, config.curvature.layers)
+    except ValueError:
+        return ".*"
+    return config.curvature.layers
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def _own_bytes() -> int:
+    """Memory of this process that it shares with no other."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines() if Path("/proc/self/smaps_rollup").exists() else []
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+
+
+def _eigh_rate(shapes: Decoder) -> float:
+    """Operations a second of an eigendecomposition, counted as `costs.eigenbases` counts, at the model's size or the like."""
+    size = min(1024, max(max(layer.d_in, layer.d_out) for layer in shapes.tracked))
+    matrix = torch.randn(size, size, dtype=torch.float64)
+    matrix = matrix @ matrix.T
+    repeats = max(1, 256**3 // size**3)
+    return repeats * costs.EIGH * size**3 / _seconds(lambda: [torch.linalg.eigh(matrix) for _ in range(repeats)])
+
+
+def _checkpoint_seconds(config: Config, sample: Sample) -> tuple[float, float, int]:
+    """Seconds to read and to write a checkpoint of the sample, and its model's bytes."""
+    with tempfile.TemporaryDirectory(prefix="tda-plan-") as name:
+        folder = Path(name, "checkpoint")
+        optimizer = make_optimizer(sample.model, config.train)
+        save = _seconds(lambda: save_checkpoint(folder, sample.model, optimizer, step=0))
+        load_model(folder / "model")
+        load = _seconds(lambda: load_model(folder / "model"))
+        return load, save, sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+
+
+def _store_rates(folder: Path, *, dim: int, dtype: str) -> tuple[float, float]:
+    """Bytes of rows a second: written and sealed; multiplied with a query."""
+    from tda.store import dot_scores, open_sealed, open_table
+    from tda.stored_rows import Rows
+
+    num_rows = max(16, int(STORED_BYTES / (dim * costs.VALUE[dtype])))
+    ids = [f"document {number}" for number in range(num_rows)]
+    vectors = np.random.default_rng(0).standard_normal((num_rows, dim), dtype=np.float32)
+    ones = np.ones(num_rows, np.float32)
+    rows = Rows(ids, ids, ids, np.ones(num_rows, np.int32), ones, ones, vectors)
+    with tempfile.TemporaryDirectory(prefix="tda-plan-", dir=folder) as name:
+        store = Path(name)
+        table = open_table(store, checkpoint=0, segment=0, identity={}, dim=dim, dtype=dtype)
+        table.write([rows.slice(0, 8)])  # warm
+        start = time.process_time()
+        table.write([rows.slice(8, num_rows)])
+        manifest = table.seal([(one, one) for one in ids])
+        seconds = time.process_time() - start
+        sealed = open_sealed(store, manifest)
+        dot_scores(sealed, ids[:8], vectors[:1])
+        scan = _seconds(lambda: dot_scores(sealed, ids, vectors[:1]))
+    num_bytes = num_rows * dim * costs.VALUE[dtype]
+    return num_bytes / seconds, num_bytes / scan
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes a second that a new file in `folder` takes, until they are on the disk."""
+    block = os.urandom(WRITTEN_BYTES // 8)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        for _ in range(8):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return WRITTEN_BYTES / (time.perf_counter() - start)
+
+
+def start_ups() -> dict[str, Startup]:
+    """What a process takes until it has loaded what stages load, of each kind; measured in a process of its own."""
+    lines = ["import json, resource, time", "found = {}"]
+    for name, statement in IMPORTS.items():
+        lines += [
+            statement,
+            "held = [line for line in open('/proc/self/status') if line.startswith('VmRSS')] if __import__('os').path.exists("
+            "'/proc/self/status') else []",
+            "peak = int(held[0].split()[1]) if held else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
+            f"found[{name!r}] = (time.process_time(), peak * 1024)",
+        ]
+    lines.append("print(json.dumps(found))")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    found = {name: Startup(seconds, num_bytes) for name, (seconds, num_bytes) in json.loads(done.stdout).items()}
+    last, before, first = found["statistics"], found["store"], found["tables"]  # statistics are used beside tables alone
+    alone = Startup(first.seconds + last.seconds - before.seconds, first.num_bytes + last.num_bytes - before.num_bytes)
+    return found | {"statistics": alone}
+
+
+def free_memory() -> int:
+    """Bytes that processes can still have."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
