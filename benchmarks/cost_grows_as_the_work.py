@@ -1,9 +1,9 @@
 """Claim: cost grows as the work: time in a straight line, memory by no more than the names of documents take.
 
 Over documents (small rows of the store: written, sealed, read whole, scored against a query), over checkpoints and over the
-width of the model (logging and curvature; the work is the counted operations). Each size is measured in a process of its own, by the
-processor's time; the line is fitted on logarithms, where its slope, the exponent, is 1 if cost grows as the work. Memory is how
-far the process's peak lies above what it had before. Prints a table and one JSON line, and draws a plot.
+width of the model (logging and curvature; the work is the counted operations). Each size is measured in a process of its own,
+by the processor's time; the line is fitted on logarithms, where its slope, the exponent, is 1 if cost grows as the work. Memory
+is how far the process's peak lies above what it had before. Prints a table and one JSON line, and draws a plot.
 """
 
 import argparse

@@ -112,7 +112,12 @@ def _environment() -> dict[str, str]:
 
 def measure(folder: Path, commands: Sequence[str]) -> list[dict]:
     """What each command took, of `STAGE` or `STAGE@PART`; one that fails is a RuntimeError."""
-    return [_measured(folder, command) for command in commands]
+    done = []
+    for command in commands:
+        done.append(_measured(folder, command))
+        words = [command, *(f"{quantity} {done[-1][quantity]:.4g}" for quantity in QUANTITIES)]
+        print("  ".join(words), file=sys.stderr, flush=True)
+    return done
 
 
 def _measured(folder: Path, command: str) -> dict:
