@@ -174,12 +174,12 @@ def _digest(peer: str, folder: Path) -> str:
 def main(arguments: Sequence[str]) -> None:
     chosen = _options(arguments)
     torch.set_num_threads(1)
-    peers = [peer.strip() for peer in chosen.peers.split(",")]
-    unknown = [peer for peer in peers if peer not in PEERS]
+    peers = [peer.strip().partition(":")[::2] for peer in chosen.peers.split(",")]
+    unknown = [peer for peer, _method in peers if peer not in PEERS]
     if unknown:
         raise SystemExit(f"peers: unknown {', '.join(unknown)}; expected some of {', '.join(PEERS)}")
     if chosen.install:
-        for peer in peers:
+        for peer in dict.fromkeys(peer for peer, _method in peers):
             install(peer)
     if chosen.bank is None:
         return
@@ -190,11 +190,12 @@ def main(arguments: Sequence[str]) -> None:
     scored = {f"ours {label}": runs for label, runs in store.scores(variants, seeds).items()}
     train, queries = bank.data.train(bank.recipe), bank.data.queries(bank.recipe)
     left_out = {}
-    for peer in peers:
+    for peer, only in peers:
         known = PEERS[peer].lm_methods if bank.recipe.loss == "causal_lm" else PEERS[peer].methods
-        if not known:
-            left_out[peer] = f"no method for a model of kind {bank.recipe.model.kind}"
-        for method in known:
+        wanted = [method for method in known if only in ("", method)]
+        if not wanted:
+            left_out[f"{peer} {only}".strip()] = f"no such method for a model of kind {bank.recipe.model.kind}"
+        for method in wanted:
             try:
                 scored[f"{peer} {method}"] = [
                     peer_scores(peer, method, store.run(seed), bank.recipe, train, queries, seed=seed, work=chosen.work / "peers")
@@ -219,7 +220,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--bank", type=Path, help="ground truth, as `tda evaluate lds` reads it")
     parser.add_argument("--work", type=Path, default=Path("data/evaluate"), help="keeps runs and scores")
-    parser.add_argument("--peers", default=",".join(PEERS), help="separated by commas")
+    parser.add_argument("--peers", default=",".join(PEERS), help="separated by commas; PEER:METHOD is one method of it")
     parser.add_argument("--methods", default=OURS, help="ours, separated by commas")
     parser.add_argument("--seeds", type=int, default=3, help="runs")
     parser.add_argument("--install", action="store_true", help="make the peers' environments first, below build/peers")

@@ -1,12 +1,14 @@
 """Our scores beside those of the peers' packages, in environments of their own (`python -m benchmarks peers --install`)."""
 
 import dataclasses
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import peers_speed
 from benchmarks.peers import PeerError, drive, hand_over, interpreter, main
 from tda.attribute import attribute
 from tda.bank_training import train_run
@@ -123,3 +125,30 @@ def test_what_a_driver_dies_of_is_said(tmp_path, monkeypatch):
 def test_an_unknown_peer_is_refused():
     with pytest.raises(SystemExit, match="peers: unknown captum; expected some of kronfluence"):
         main(["--peers", "captum"])
+
+
+def test_speed_is_of_right_answers_and_names_a_peer_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TDA_PEER_BERGSON", str(tmp_path / "python"))
+    sizes = ["--rows", "3", "--batch-rows", "2", "--context", "8", "--rank", "2", "--rounds", "1"]
+    peers_speed.main([*sizes, "--sources", "ours,bergson"])
+    said = capsys.readouterr().out
+    result = json.loads(said.splitlines()[-1])
+    assert result["largest_differences"]["ours"]["rows"] < 1e-5  # autograd's, projected: float32 rounding
+    assert result["sources"]["ours"].keys() == {"peak_mib", "floor", *peers_speed.PASSES}
+    assert "bergson: no interpreter" in result["left_out"]["bergson"]
+    assert "left out: bergson" in said
+
+
+def test_speed_of_a_wrong_answer_is_refused():
+    expected = peers_speed.Expected.__new__(peers_speed.Expected)
+    expected.first = {}
+    right = {"A.layer": torch.eye(3), "Lambda.layer": torch.tensor([[1.0, 2.0]])}
+    assert expected.check("ours", right) == {"A": 0.0, "Lambda": 0.0}
+    assert expected.check("theirs", {"A.layer": 7 * torch.eye(3)}) == {"A": 0.0}  # a mean in place of a sum
+    with pytest.raises(AssertionError, match=r"theirs: Lambda differ by .* of the largest value"):
+        expected.check("theirs", {"Lambda.layer": torch.tensor([[2.0, 1.0]])})
+
+
+def test_speed_of_an_unknown_source_is_refused():
+    with pytest.raises(SystemExit, match="peers_speed: unknown captum; expected some of ours"):
+        peers_speed.main(["--sources", "captum"])
