@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tda.store import Rows, dot_scores, open_table
+from tda.row_products import dot_scores
+from tda.store import Rows, open_table
 from tda.stored_rows import row_scales
 
 DIM, NUM_QUERIES, REPEATS = 7168, 64, 5

@@ -128,7 +128,7 @@ class Gradients(Section):
 
     projection: Literal["eigenbasis", "pca", "random"]
     rank: int = Field(ge=1)  # on each side of every layer; a smaller layer keeps its size
-    dtype: Literal["float16", "float32"]
+    dtype: Literal["float16", "float32", "bfloat16", "int8"]  # int8 with an exponent for every 64 values
     batch_tokens: int = Field(ge=1)
     seed: int
 

@@ -20,10 +20,11 @@ from tda.gradients import project_queries, query_gradients
 from tda.influence import precondition
 from tda.parallel import device_of
 from tda.projection import Projection
+from tda.row_products import dot_scores
 from tda.scores import Scores, cosines, rotated_query, source_values
 from tda.segments import Segment
 from tda.source import Gradients, SegmentDynamics
-from tda.store import dot_scores, open_sealed
+from tda.store import open_sealed
 from tda.target_influence import target_influence
 from tda.task import CausalLM
 

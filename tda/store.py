@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
-from jaxtyping import Float32
+from torch import Tensor
 
+from tda.row_files import Extent, RowFiles
 from tda.stored_rows import (
     NUMBERS,
     Rows,
@@ -34,10 +35,11 @@ from tda.stored_rows import (
     encode,
     fingerprint,
     number,
-    peaks,
     row_digests,
     schema,
+    stored_bytes,
     stored_vectors,
+    stored_width,
 )
 
 CHUNK_BYTES = 256 * 2**20  # of stored rows between commits: what a kill can lose
@@ -66,7 +68,7 @@ class GradientTable:
     @property
     def row_bytes(self) -> int:
         """Bytes of one stored vector."""
-        return self.dim * np.dtype(self.dtype).itemsize
+        return stored_bytes(self.dim, self.dtype)
 
     @property
     def block_rows(self) -> int:
@@ -243,7 +245,7 @@ class GradientTable:
         if with_vectors:
             block_rows = min(block_rows, self.block_rows)
         for positions, block in self.blocks(doc_ids, columns=columns, block_rows=block_rows):
-            yield positions, decode(block, [doc_ids[position] for position in positions.tolist()])
+            yield positions, decode(block, [doc_ids[position] for position in positions.tolist()], dim=self.dim)
 
     def blocks(self, doc_ids: Sequence[str], *, columns: list[str], block_rows: int) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Stored columns of the rows of `doc_ids` with positions in it; every block but the last has `block_rows` rows.
@@ -251,14 +253,78 @@ class GradientTable:
         Rows are taken by their place in the table, in ascending order: faster than Lance's own scan where they are next to each
         other (benchmarks/store_scan_keeps_up.py), and only one block is in memory.
         """
+        places, positions = self.places(doc_ids)
+        for start in range(0, len(places), block_rows):
+            block = slice(start, start + block_rows)
+            yield positions[block], self._dataset.take(places[block], columns=columns)
+
+    def places(self, doc_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Places in the table of the rows of `doc_ids`, ascending, and the position in `doc_ids` of each."""
         ids = self._dataset.to_table(columns=["doc_id"])["doc_id"]
         found = pc.index_in(ids, value_set=pa.array(doc_ids, pa.string())).combine_chunks()
         places = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
         positions = found.drop_null().to_numpy()
         self._check_found(doc_ids, positions)
-        for start in range(0, len(places), block_rows):
-            block = slice(start, start + block_rows)
-            yield positions[block], self._dataset.take(places[block], columns=columns)
+        return places, positions
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers, of all rows in the order of the table."""
+        return number(self._dataset.to_table(columns=[name]), name)
+
+    def buffer(self, *, pinned: bool = False) -> Tensor:
+        """Zeros for a block of stored vectors, (rows, width)."""
+        shape = (self.block_rows, stored_width(self.dim, self.dtype))
+        return torch.zeros(shape, dtype=getattr(torch, self.dtype), pin_memory=pinned)
+
+    @contextlib.contextmanager
+    def vectors(self) -> Iterator[Callable[[np.ndarray, Tensor], None]]:
+        """Inside the block, `read(places, buffer)` fills a buffer's first rows with the stored vectors at those places.
+
+        Rows next to each other come straight from the file where they lie there so (`row_files.py`), others by Lance's take.
+        """
+        with RowFiles(self._extents(), row_bytes=self.row_bytes) as files:
+
+            def read(places: np.ndarray, buffer: Tensor) -> None:
+                if files and len(places) == places[-1] - places[0] + 1:
+                    files.read(int(places[0]), buffer.view(torch.uint8).numpy()[: len(places)])
+                else:
+                    buffer[: len(places)] = stored_vectors(self._dataset.take(places, columns=["vector"]))
+
+            yield read
+
+    def _extents(self) -> list[Extent]:
+        """Where all vectors lie; nothing if any of them is deleted, or not as it is in memory.
+
+        What a page holds follows from its size, and is held against Lance's own answer at its first and last row.
+        """
+        from lance.file import LanceFileReader
+
+        field = self._dataset.lance_schema.field("vector").id()
+        found: list[Extent] = []
+        first = 0
+        for fragment in self._dataset.get_fragments():
+            files = [file for file in fragment.data_files() if field in file.fields]
+            if fragment.metadata.deletion_file is not None or len(files) != 1:
+                return []
+            path = table_path(self.store, self.name) / "data" / files[0].path
+            column = files[0].column_indices[files[0].fields.index(field)]
+            for page in LanceFileReader(str(path)).metadata().columns[column].pages:
+                if len(page.buffers) != 1 or page.buffers[0].size % self.row_bytes:
+                    return []
+                found.append(Extent(path, page.buffers[0].position, first, page.buffers[0].size // self.row_bytes))
+                first += found[-1].num_rows
+        return found if first == len(self) and self._are_plain(found) else []
+
+    def _are_plain(self, extents: list[Extent]) -> bool:
+        ends = np.array([[extent.first, extent.first + extent.num_rows - 1] for extent in extents], np.int64).flatten()
+        if not len(ends):
+            return True
+        expected = stored_vectors(self._dataset.take(ends, columns=["vector"])).view(torch.uint8).numpy()
+        rows = np.empty_like(expected)
+        with RowFiles(extents, row_bytes=self.row_bytes) as files:
+            for place, row in zip(ends.tolist(), rows, strict=True):
+                files.read(place, row[None])
+        return np.array_equal(rows, expected)
 
     def _check_found(self, doc_ids: Sequence[str], positions: np.ndarray) -> None:
         rows = np.bincount(positions, minlength=len(doc_ids))
@@ -325,30 +391,6 @@ def open_sealed(store: Path, manifest: dict[str, Any], *, identity: dict[str, An
     if identity is not None:
         _check_identity(path, checkpoint, stored=stored, expected=_whole_identity(identity, **fixed))
     return GradientTable(store, name, stored, dataset)
-
-
-def dot_scores(
-    table: GradientTable, doc_ids: Sequence[str], queries: Float32[np.ndarray, "q dim"], *, device: torch.device | str = "cpu"
-) -> Float32[np.ndarray, "n q"]:
-    """Dot product of every document's vector with every query, in one pass over the table.
-
-    All matrix products have one shape (the last block is filled up with zeros), so that a document's scores do not depend on
-    where its row lies: a table that was interrupted and resumed gives the same bits.
-
-    Raises:
-        ValueError: queries of another width, or not finite.
-    """
-    if queries.shape[1] != table.dim or not np.isfinite(peaks(queries)).all():
-        raise ValueError(f"{table.name}: queries of shape {queries.shape}; expected rows of {table.dim} finite numbers")
-    scores = np.empty((len(doc_ids), len(queries)), np.float32)
-    columns = torch.from_numpy(np.require(queries, requirements="W")).to(device).T
-    vectors = torch.zeros(table.block_rows, table.dim, device=device)
-    for positions, block in table.blocks(doc_ids, columns=["scale", "vector"], block_rows=table.block_rows):
-        vectors[: len(positions)] = stored_vectors(block).to(device)
-        vectors[len(positions) :] = 0
-        products = (vectors @ columns)[: len(positions)].cpu().numpy()
-        scores[positions] = products * number(block, "scale")[:, None]
-    return scores
 
 
 def _select(batch: pa.RecordBatch, mask: np.ndarray) -> pa.RecordBatch:
