@@ -309,7 +309,9 @@ def _passes(
         ),
     }
 
-    def together(_number: int) -> tuple[float, float, float, int]:
+    parent = os.getpid()
+
+    def together(_number: int) -> tuple[float, int, float, int]:
         with measured() as usage:
             actions["rows"][0]()  # warm
             began, start = time.perf_counter(), time.process_time()
@@ -318,7 +320,7 @@ def _passes(
                 actions["rows"][0]()
                 repeats += 1
             spent, clock = time.process_time() - start, time.perf_counter() - began
-        return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + _own_bytes()
+        return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + (_own_bytes() if os.getpid() != parent else 0)
 
     outcome = list(parallel_map(together, range(workers), workers=workers, description="calibrating", unit="worker"))
     spent = {}

@@ -26,6 +26,8 @@ from tda.text_table import text_table
 from tda.train import Step, checkpoint_steps, schedule, stage_lengths
 
 QUERY_COPIES = 3  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
+Number = int | float
+
 SMALL = 1 << 20  # bytes that the small files of a stage take
 
 
@@ -149,7 +151,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
     def load(held: Documents, tokens: int = config.gradients.batch_tokens) -> Load:
         return load_of(batch_plan(held.lengths, batch_tokens=tokens), held.lengths, held.num_loss_tokens)
 
-    def rate(kind: str, operations: float) -> float:
+    def rate(kind: str, operations: Number) -> float:
         return operations / machine.rates[kind]
 
     read = machine.load + max(0, weights - machine.load_bytes) / machine.disk
@@ -163,10 +165,10 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         *,
         work: dict[str, float],
         spread: dict[str, float] | None = None,
-        waiting: float = 0.0,
+        waiting: Number = 0,
         parts: int = 1,
-        disk: float = SMALL,
-        memory: float = 0.0,
+        disk: Number = SMALL,
+        memory: Number = 0,
         cached: bool = True,
     ) -> None:
         begin = machine.startups[startup]
@@ -231,7 +233,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         cached=False,
     )
 
-    work, memory = _scores(config, corpus, run, model, machine, rate, read, stored, row, values, projected, adam)
+    work, memory = _scores(config, corpus, run, model, machine, rate, read, stored, values, projected, adam)
     add(
         "scores",
         "store",
@@ -264,7 +266,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
     return made
 
 
-def _worker_bytes(sample: Sample, machine: Machine) -> float:
+def _worker_bytes(sample: Sample, machine: Machine) -> Number:
     """What a forked worker takes beside its model and its activations: the interpreter's pages that it writes to, and buffers."""
     share = (sample.shapes.body + sample.shapes.head[0]) / (sample.whole.body + sample.whole.head[0])
     return max(0.0, machine.worker_bytes - sample.kept["frozen"] * share * sample.batch_tokens)
@@ -275,7 +277,7 @@ def _curvature(
     corpus: Corpus,
     run: ExpectedRun,
     model: costs.Decoder,
-    rate: Callable[[str, float], float],
+    rate: Callable[[str, Number], float],
     read: float,
     projected: int,
     adam: str,
@@ -308,14 +310,13 @@ def _scores(
     run: ExpectedRun,
     model: costs.Decoder,
     machine: Machine,
-    rate: Callable[[str, float], float],
+    rate: Callable[[str, Number], float],
     read: float,
-    stored: float,
-    row: int,
+    stored: Number,
     values: int,
     projected: int,
     adam: str,
-) -> tuple[dict[str, float], float]:
+) -> tuple[dict[str, float], Number]:
     """Processor seconds of scoring by kind, and bytes of what it has in memory beside the run."""
     documents, queries = corpus.documents, corpus.scored
     num, num_queries, num_checkpoints = len(documents), len(queries), len(config.train.checkpoints)
@@ -452,7 +453,7 @@ def _row(stage: Estimate) -> list[str]:
     ]
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: Number) -> str:
     """Seconds in words: 8.1 s, 3 min 20 s, 5 h 12 min, 3.4 days."""
     if seconds < 100:
         return f"{seconds:.1f} s"
@@ -463,7 +464,7 @@ def clock(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: Number) -> str:
     """Bytes in words: 12 kB, 3.4 MB, 1.2 GB."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
         if num_bytes >= 10**power:

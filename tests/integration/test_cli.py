@@ -16,7 +16,7 @@ from tda.artifacts import Workspace, write_json
 from tda.pipeline import STAGES
 
 PROJECT = Path(__file__).parents[2]
-COMMANDS = [*STAGES, "query", "verdict", "audit", "verify", "gc"]
+COMMANDS = [*STAGES, "query", "plan", "verdict", "audit", "verify", "gc"]
 HEAVY = ["torch", "prefect", "dvc", "lancedb", "polars", "transformers", "pydantic", "numpy", "yaml"]
 
 FAKE_STAGES = """

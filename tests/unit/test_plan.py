@@ -1,0 +1,287 @@
+"""The plan of a run: what it expects of corpus and training, bytes against what the stages write, and its arithmetic."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from tda import costs, stages
+from tda.artifacts import Workspace, read_json, read_table
+from tda.calibration import PASSES, Machine, Sample, Startup, given, sample_model, sample_of
+from tda.cli import FAILED, OK, USAGE, main
+from tda.config import Config
+from tda.data import load_documents
+from tda.dynamics import load_exposure, load_segments
+from tda.expected_corpus import Corpus, expected_corpus
+from tda.plan import cache_bytes, clock, estimates, expected_run, make_plan, render, size, warnings
+from tests.toy import toy_config, toy_values, write_corpus
+
+pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Config, Workspace, Corpus, Corpus]:
+    """A toy run up to the gradients, with the corpus as it was expected before and is known after."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder)
+    config, workspace = toy_config(folder), Workspace(folder)
+    before = expected_corpus(config.prepare, workspace, model="llama")
+    for stage in (stages.prepare, stages.train, stages.segments):
+        stage(config, workspace)
+    for part in config.segments.indices:
+        stages.curvature(config, workspace, part)
+    for part in config.train.checkpoints:
+        stages.gradients(config, workspace, part)
+    return config, workspace, before, expected_corpus(config.prepare, workspace, model="llama")
+
+
+def machine(**changes: object) -> Machine:
+    """One of round numbers, with two workers."""
+    startups = {name: Startup(1.0, 10**8) for name in ("tables", "torch", "model", "store", "statistics")}
+    held = Machine(
+        name="a machine",
+        workers=2,
+        rates=dict.fromkeys((*PASSES, "eigh", "algebra"), 1e9),
+        slowdown=1.0,
+        alone=1.0,
+        cores=2.0,
+        disk=1e9,
+        stored=1e8,
+        scanned=1e9,
+        load=0.0,
+        save=0.0,
+        load_bytes=10**9,
+        words=0.0,
+        startups=startups,
+        worker_bytes=10**7,
+        free_memory=10**12,
+        free_disk=10**12,
+    )
+    return replace(held, **changes)
+
+
+@pytest.fixture(scope="module")
+def planned(done) -> tuple[Config, Corpus, object, Sample]:
+    config, _workspace, _before, corpus = done
+    return (
+        config,
+        corpus,
+        expected_run(config, corpus.documents),
+        sample_of(config, corpus.documents, vocabulary=corpus.vocabulary),
+    )
+
+
+def by_stage(planned, held: Machine) -> dict:
+    return {one.stage: one for one in estimates(*planned, held)}
+
+
+def test_a_corpus_is_expected_as_it_then_is(done):
+    config, _workspace, before, after = done
+    assert before.origin == "estimated from all 60 rows"
+    assert "as it is now" in after.origin
+    assert (before.read, before.vocabulary) == (60, after.vocabulary)
+    assert len(before.documents) == pytest.approx(len(after.documents), rel=0.15)
+    assert before.documents.lengths.mean() == pytest.approx(after.documents.lengths.mean(), rel=0.1)
+    assert before.documents.parts.count("general") == pytest.approx(after.documents.parts.count("general"), rel=0.25)
+    assert len(before.scored) + len(before.unseen) == config.prepare.num_targets
+
+
+def test_a_sample_stands_for_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tda.expected_corpus.SAMPLE", 100)
+    write_corpus(tmp_path, num_documents=1000)
+    config = toy_config(tmp_path, prepare__context=256)  # so that no document has several rows
+    found = expected_corpus(config.prepare, Workspace(tmp_path), model="llama")
+    assert re.fullmatch(r"estimated from the first 100 of about (99\d|100\d) rows", found.origin)
+    assert len(found.documents) == pytest.approx(1000 - config.prepare.num_heldout, rel=0.05)
+
+
+def test_documents_that_are_all_too_short_are_refused(tmp_path):
+    write_corpus(tmp_path)
+    config = toy_config(tmp_path, prepare__min_characters=10_000)
+    with pytest.raises(ValueError, match=r"none of the 60 documents read from .* has 10000 characters or more; lower"):
+        expected_corpus(config.prepare, Workspace(tmp_path), model="llama")
+
+
+def test_a_run_is_expected_as_it_then_is(done):
+    config, workspace, _before, corpus = done
+    run = expected_run(config, corpus.documents)
+    trajectory = read_table(workspace.trajectory, stage="train")
+    assert [step.rows for step in run.steps] == trajectory["documents"].to_list()
+    held = load_segments(workspace)
+    assert run.checkpoints == [len(segment.checkpoints) for segment in held]
+    exposure = load_exposure(workspace, load_documents(workspace.documents))
+    for index, seen in enumerate(run.seen):
+        np.testing.assert_array_equal(seen, np.flatnonzero(exposure[:, index]))
+
+
+def test_the_sample_has_the_shapes_of_the_model(done, planned):
+    config, workspace, _before, corpus = done
+    model, whole = sample_model(config, vocabulary=corpus.vocabulary, blocks=1)
+    assert len(costs.shapes_of(model).attention) == 1
+    assert whole == planned[3].whole
+    assert whole.parameters == read_json(workspace.training, stage="train")["num_parameters"]
+
+
+def test_bytes_on_disk_are_those_of_the_files(done, planned):
+    config, workspace, _before, corpus = done
+    model = planned[3].whole
+    tensors = 0
+    for name in ("model/model.safetensors", "mean.safetensors", "optimizer.safetensors"):
+        with safe_open(workspace.checkpoint(0) / name, "pt") as file:
+            tensors += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118  not a dict
+    steps = len(list(model.matrices)) * 4  # AdamW counts its steps beside every parameter
+    assert tensors == pytest.approx(costs.checkpoint_bytes(model, copies=4), abs=2 * steps + 200)
+    with safe_open(workspace.curvature(0), "pt") as file:
+        tensors = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118  not a dict
+    assert tensors == costs.factor_bytes(model, adam=config.curvature.adam)
+    stored = [path for path in workspace.store.rglob("data/*") if path.is_file()]
+    row = costs.row_bytes(model, rank=config.gradients.rank, dtype=config.gradients.dtype)
+    expected = len(config.train.checkpoints) * len(corpus.documents) * row
+    assert sum(path.stat().st_size for path in stored) == pytest.approx(expected, rel=0.25)  # so few rows: tables' own bytes show
+
+
+def test_work_takes_as_long_as_the_rate_says(planned):
+    slow, fast = by_stage(planned, machine()), by_stage(planned, machine(rates=dict.fromkeys(machine().rates, 2e9)))
+    for stage in ("train", "curvature", "gradients", "scores", "retraining"):
+        fixed = slow[stage].work["start"]
+        for kind in set(slow[stage].work) - {"start", "checkpoints", "store", "rows", "read", "words"}:
+            assert fast[stage].work[kind] == pytest.approx(slow[stage].work[kind] / 2)
+        assert slow[stage].cpu_seconds > fast[stage].cpu_seconds > fixed
+
+
+def test_training_is_the_counted_operations(planned):
+    config, corpus, run, sample = planned
+    documents = corpus.documents
+    flops = sum(
+        costs.training_step(sample.whole, costs.load_of([step.rows], documents.lengths, documents.num_loss_tokens))
+        for step in run.steps
+    )
+    stages_made = by_stage(planned, machine())
+    assert stages_made["train"].work["steps"] == pytest.approx(flops / 1e9)
+    number = 3 * len(config.retraining.seeds)
+    assert stages_made["retraining"].work["steps"] == pytest.approx(number * flops / 1e9)
+    assert stages_made["train"].seconds >= stages_made["train"].cpu_seconds
+
+
+def test_cores_share_what_workers_do(planned):
+    one, two = by_stage(planned, machine(cores=1.0)), by_stage(planned, machine(cores=2.0))
+    spread = one["retraining"].cpu_seconds - one["retraining"].work["start"]
+    assert one["retraining"].seconds - two["retraining"].seconds == pytest.approx(spread / 2)
+    assert one["train"].seconds == two["train"].seconds
+
+
+def test_every_checkpoint_has_its_rows(planned):
+    config, corpus, _run, sample = planned
+    row = costs.row_bytes(sample.whole, rank=config.gradients.rank, dtype=config.gradients.dtype)
+    gradients = by_stage(planned, machine())["gradients"]
+    assert gradients.disk_bytes == len(config.train.checkpoints) * len(corpus.documents) * row
+    assert not gradients.cached
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(planned):
+    config = planned[0]
+    made = list(by_stage(planned, machine()).values())
+    assert warnings(config, made, machine()) == []
+    (line,) = warnings(config, made, machine(free_disk=10**3))
+    assert line.startswith("disk: ") and "lower gradients.rank (4; the store takes" in line and "1.0 kB are free" in line
+    lines = warnings(config, made, machine(free_memory=10**3))
+    assert {line.split(" needs ")[0] for line in lines} == {f"memory: {stage.stage}" for stage in made}
+    assert any("curvature.space to projected" in line for line in lines)
+
+
+def test_copies_are_of_all_but_the_store(planned):
+    made = list(by_stage(planned, machine()).values())
+    assert cache_bytes(made) == sum(stage.disk_bytes for stage in made if stage.stage not in ("gradients", "verify"))
+
+
+def test_another_machine_is_what_is_given():
+    other = given(machine(alone=3.0, cores=0.5), flops=4e14, disk=1e7, memory=8e10)
+    assert set(other.rates.values()) == {4e14}
+    assert (other.alone, other.cores, other.disk, other.stored, other.free_memory) == (1.0, 2.0, 1e7, 1e7, 80_000_000_000)
+    assert given(machine(), flops=None, disk=None, memory=None) == machine()
+
+
+def test_activations_that_are_kept_grow_with_the_tokens(done):
+    config, _workspace, _before, corpus = done
+    kept = sample_of(config, corpus.documents, vocabulary=corpus.vocabulary).kept
+    assert kept["training"] > 2 * 4 * 2 * (16 + 24)  # both blocks keep at least the inputs of their layers, in float32
+    assert kept["frozen"] > 0
+
+
+def test_the_command_prints_a_table_and_writes_all_numbers(tmp_path, monkeypatch, capsys):
+    import yaml
+
+    write_corpus(tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(toy_values(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--json", "plan.json", "--flops", "1e12"]) == OK
+    shown = capsys.readouterr().out
+    for word in ("prepare", "curvature ×2", "gradients ×4", "total", "(verify, on request)", "a machine of 1e+12 operations"):
+        assert word in shown
+    numbers = json.loads(Path("plan.json").read_text())
+    assert [stage["stage"] for stage in numbers["stages"]][-1] == "report"
+    assert numbers["total"]["cpu_seconds"] == pytest.approx(sum(stage["cpu_seconds"] for stage in numbers["stages"]))
+    assert not Path("data").exists()  # nothing is left behind
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    import yaml
+
+    write_corpus(tmp_path)
+    values = toy_values(tmp_path)
+    values["train"]["model"] = str(tmp_path / "nowhere")
+    values["prepare"]["tokenizer"] = ""
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan"]) == FAILED
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_rate_that_is_no_number_is_wrong_usage(capsys):
+    for wrong in ("fast", "0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", f"--flops={wrong}"])
+        assert stop.value.code == USAGE
+        assert f"expected a number above 0, as 4e14; got {wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(8.14, "8.1 s"), (200, "3 min 20 s"), (7200 * 2 + 720, "4 h 12 min"), (3.4 * 86400, "3.4 days")]
+)
+def test_seconds_in_words(seconds, words):
+    assert clock(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(12, "12 B"), (3400, "3.4 kB"), (1.25e6, "1.2 MB"), (124e9, "124 GB"), (2e12, "2.0 TB")]
+)
+def test_bytes_in_words(number, words):
+    assert size(number) == words
+
+
+def test_a_model_of_a_folder_is_planned_by_its_configuration(done, tmp_path):
+    """Its configuration alone is asked for: no weights are there."""
+    from transformers import GPT2Config
+
+    config, _workspace, _before, corpus = done
+    GPT2Config(vocab_size=corpus.vocabulary, n_positions=64, n_embd=16, n_layer=3, n_head=2).save_pretrained(tmp_path)
+    named = config.model_copy(update={"train": config.train.model_copy(update={"model": str(tmp_path)})})
+    _one, whole = sample_model(named, vocabulary=corpus.vocabulary, blocks=1)
+    model, all_of_it = sample_model(named, vocabulary=corpus.vocabulary)
+    assert whole == all_of_it
+    assert whole.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert torch.is_tensor(next(model.parameters())) and not next(model.parameters()).is_meta
+
+
+def test_a_plan_is_a_table_of_aligned_columns(done):
+    config, workspace, *_rest = done
+    text = render(make_plan(config, workspace))
+    lines = text.splitlines()
+    header = next(place for place, line in enumerate(lines) if line.startswith("stage"))
+    assert len({len(line) for line in lines[header + 1 : header + 2]}) == 1
+    assert all(len(line) <= len(lines[header + 1]) for line in lines[header : header + 13])
