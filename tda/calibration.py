@@ -257,7 +257,7 @@ def _passes(
     layers = list(shapes.tracked)
     lengths, predictions = documents.lengths, documents.num_loss_tokens
     plan = batch_plan(lengths, batch_tokens=sample.batch_tokens)
-    plan = [plan[place] for place in sorted({int(place) for place in np.linspace(0, len(plan) - 1, 4)})]
+    plan = [plan[place] for place in sorted({len(plan) // 4, 3 * len(plan) // 4})]  # long documents, and short ones
     solver = batch_plan(lengths, batch_tokens=min(sample.batch_tokens, SOLVER_BATCH_TOKENS))
     solver = [solver[len(solver) // 3]]
     size = max(1, min(config.train.batch_size, sample.batch_tokens // int(lengths.max()) or 1))
@@ -267,7 +267,7 @@ def _passes(
     optimizer = make_optimizer(model, config.train)
     batches = [documents.batch(rows) for rows in plan]
     basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
-    query = {name: G[:1] for name, G in query_gradients(model, layers, batches[1:2], task=task)[0].items()}
+    query = {name: G[:1] for name, G in query_gradients(model, layers, batches[-1:], task=task)[0].items()}
     vectors = min(NUM_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
     product = gauss_newton_product(model, layers, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
     v = torch.randn(vectors, shapes.gradient)
@@ -293,7 +293,7 @@ def _passes(
             ],
             costs.row_pass(shapes, load(plan), rank=rank),
         ),
-        "queries": (lambda: query_gradients(model, layers, batches[1:2], task=task), costs.query_pass(shapes, load(plan[1:2]))),
+        "queries": (lambda: query_gradients(model, layers, batches[-1:], task=task), costs.query_pass(shapes, load(plan[-1:]))),
         "dots": (
             lambda: [gradient_dots(model, layers, batch, task=task, queries=query) for batch in batches],
             costs.dot_pass(shapes, load(plan), queries=1),

@@ -16,7 +16,7 @@ from tda.data import Documents, batch_plan
 from tda.expected_corpus import Corpus, expected_corpus
 from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import queries_at_once
-from tda.parallel import num_workers
+from tda.parallel import device_of, num_workers
 from tda.retrain import ARMS
 from tda.scoring import QUERY_VALUES
 from tda.segments import segment_ends
@@ -108,7 +108,10 @@ def make_plan(
         "steps": len(run.steps),
     }
     *stages, verification = stages
-    return Plan(machine, corpus.origin, facts, stages, verification, warnings(config, stages, machine))
+    said = warnings(config, stages, machine)
+    if flops is None and device_of(config.compute).type == "cuda":
+        said.append("the run would use the GPU, the rates are those of the processor: give --flops, and --memory of the GPU")
+    return Plan(machine, corpus.origin, facts, stages, verification, said)
 
 
 @dataclass(frozen=True)
