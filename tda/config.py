@@ -116,7 +116,7 @@ class Segments(Section):
 class Curvature(Section):
     """EK-FAC of each segment."""
 
-    space: Literal["full", "projected"]
+    space: Literal["full", "projected", "rows"]  # rows: projected too, and fitted from the stored rows in no pass of its own
     layers: str  # regular expression on module names
     num_documents: int = Field(ge=0)  # drawn from the documents seen in the segment; 0: all of them
     adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters; "none" is blind to it

@@ -1,10 +1,11 @@
-"""What the training run did, read back for scoring: segments, exposure, and each segment's effect on a query."""
+"""What the training run did, read back: segments, exposure, and each segment's effect on a query."""
 
 import numpy as np
 
 from tda.artifacts import Workspace, read_json, read_table
+from tda.config import Curvature
 from tda.data import Documents
-from tda.factors import SegmentFactors, load_factors
+from tda.factors import SegmentFactors
 from tda.segments import Segment
 from tda.source import SegmentDynamics
 
@@ -26,13 +27,20 @@ def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
     return table.drop("doc_id").to_numpy()
 
 
+def curvature_rows(config: Curvature, exposure: np.ndarray, index: int) -> np.ndarray:
+    """Row numbers of the documents that the curvature of segment `index` is fitted on: some of those that it saw."""
+    seen = np.flatnonzero(exposure[:, index])
+    if not 0 < config.num_documents < len(seen):
+        return seen
+    return np.sort(np.random.default_rng([config.seed, index]).choice(seen, config.num_documents, replace=False))
+
+
 def load_dynamics(
-    workspace: Workspace, segments: list[Segment], *, adam: str
-) -> tuple[list[SegmentDynamics], list[SegmentFactors]]:
-    """Every segment's respond and decay, and the factors they are made of."""
+    workspace: Workspace, segments: list[Segment], factors: list[SegmentFactors], *, adam: str
+) -> list[SegmentDynamics]:
+    """Every segment's respond and decay, made of its factors."""
     training = read_json(workspace.training, stage="train")
-    factors = [load_factors(workspace.curvature(segment.index)) for segment in segments]
-    dynamics = [
+    return [
         SegmentDynamics(
             index=segment.index,
             curvature=held.curvature(adam if training["optimizer"] == "adamw" else "none"),
@@ -41,4 +49,3 @@ def load_dynamics(
         )
         for segment, held in zip(segments, factors, strict=True)
     ]
-    return dynamics, factors

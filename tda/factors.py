@@ -27,7 +27,8 @@ NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order wha
 class SegmentFactors:
     """EK-FAC factors of every tracked layer of one segment.
 
-    In projected space they are those of projected gradients, and `projections` says how to project. `P` is the optimizer's
+    In projected space they are those of projected gradients, and `projections` says how to project; `plain` is empty as long as
+    they are to be fitted from rows. `P` is the optimizer's
     preconditioner averaged over the segment's checkpoints, by layer, empty without one. `scaled` are the factors of P^(1/2) G, if
     fitted.
     """
@@ -100,16 +101,20 @@ def fit_factors(
     seed: int,
     workers: int,
     device: torch.device,
+    fitted: bool = True,
 ) -> SegmentFactors:
     """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
 
     Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
-    loss. With `projections`, everything happens in projected space. Parts of the data are done in parallel on the CPU.
+    loss. With `projections`, everything happens in projected space. Parts of the data are done in parallel on the CPU. With
+    `fitted` off the projections are all there is: the factors are left to `row_curvature`.
     """
     layers = tracked_layers(
         load(checkpoints[-1]).to(device), pattern, probe=lambda model: task.losses(model, data.batch([0]).to(device))
     )
     chosen = projections(layers) if projections else None
+    if not fitted:
+        return SegmentFactors(layers, {}, {}, P, chosen or {}, len(data))
     plan = batch_plan(data.lengths, batch_tokens=batch_tokens)
     weights = torch.full((len(data),), weight, device=device)
     parts = [(checkpoint, shard) for checkpoint in checkpoints for shard in range(NUM_SHARDS)]

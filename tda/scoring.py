@@ -1,7 +1,7 @@
 """Scores of all documents on the target set: SOURCE and the baselines, from the store."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -13,18 +13,23 @@ from tda.baselines import bm25_scores, random_scores
 from tda.checkpoints import load_checkpoint
 from tda.config import Config
 from tda.data import Documents, batches, load_documents
-from tda.dynamics import load_dynamics, load_exposure, load_segments
-from tda.factors import SegmentFactors
+from tda.dynamics import curvature_rows, load_dynamics, load_exposure, load_segments
+from tda.ekfac import EKFAC
+from tda.factors import SegmentFactors, load_factors
 from tda.gradient_log import row_identity, segment_projections
 from tda.gradients import project_queries, query_gradients
 from tda.influence import precondition
+from tda.nearest import Extremes, extremes
 from tda.parallel import device_of
 from tda.projection import Projection
-from tda.row_products import dot_scores
-from tda.scores import Scores, cosines, rotated_query, source_values
+from tda.row_curvature import row_curvature
+from tda.row_products import dot_scores, dot_scores_at
+from tda.scores import Scores, cosines, received_per_checkpoint, rotated_query, source_values
 from tda.segments import Segment
-from tda.source import Gradients, SegmentDynamics
+from tda.sketch import open_sketch
+from tda.source import Gradients, SegmentDynamics, walk_back
 from tda.store import open_sealed
+from tda.stored_rows import stored_bytes
 from tda.target_influence import target_influence
 from tda.task import CausalLM
 
@@ -79,6 +84,13 @@ class Attribution:
         values = source_values(query, self.dynamics, self.segments, exposure=self.exposure, dot=dot_rows)
         return values, kept
 
+    def responses(self, query: Gradients) -> Iterator[tuple[Segment, Tensor]]:
+        """What the rows at each segment's checkpoints are multiplied by, (query, values); the last segment first."""
+        if self.projected:
+            query = rotated_query(query, self.factors[0].layers, self.projections[0])
+        for dynamics, response in walk_back(query, self.dynamics):
+            yield self.segments[dynamics.index], self.as_rows(response, dynamics.index)
+
     def as_rows(self, response: Gradients, segment: int) -> Tensor:
         """What stored rows of a segment are multiplied by: a response in projected space as it is, else its projection."""
         layers = self.factors[0].layers
@@ -98,7 +110,7 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
     weights or another projection with ValueError.
     """
     segments = load_segments(workspace)
-    dynamics, factors = load_dynamics(workspace, segments, adam=config.curvature.adam)
+    factors = [load_factors(workspace.curvature(segment.index)) for segment in segments]
     projections = [segment_projections(config, held) for held in factors]
     manifests = {}
     for segment, held in zip(segments, projections, strict=True):
@@ -106,16 +118,42 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
             manifest = read_json(workspace.gradients(checkpoint), stage=f"gradients@{checkpoint}")
             open_sealed(workspace.store, manifest, identity=row_identity(config, workspace, checkpoint, held))
             manifests[checkpoint] = manifest
+    exposure = load_exposure(workspace, documents)
+    if config.curvature.space == "rows":
+        factors = [
+            replace(held, plain=_curvature_from_rows(config, workspace, documents, segment, held, manifests, exposure))
+            for segment, held in zip(segments, factors, strict=True)
+        ]
     return Attribution(
         segments=segments,
-        dynamics=dynamics,
+        dynamics=load_dynamics(workspace, segments, factors, adam=config.curvature.adam),
         factors=factors,
         projections=projections,
         manifests=manifests,
         documents=documents,
-        exposure=load_exposure(workspace, documents),
+        exposure=exposure,
         projected=bool(factors[0].projections),
     )
+
+
+def _curvature_from_rows(
+    config: Config,
+    workspace: Workspace,
+    documents: Documents,
+    segment: Segment,
+    factors: SegmentFactors,
+    manifests: dict[int, dict],
+    exposure: np.ndarray,
+) -> dict[str, EKFAC]:
+    ids = [documents.ids[row] for row in curvature_rows(config.curvature, exposure, segment.index)]
+
+    def blocks() -> Iterator[Tensor]:
+        for checkpoint in segment.checkpoints:
+            for _positions, rows in open_sealed(workspace.store, manifests[checkpoint]).scan(ids):
+                yield torch.from_numpy(rows.vectors)
+
+    shapes = {name: (held.P_o.shape[1], held.P_i.shape[1]) for name, held in factors.projections.items()}
+    return row_curvature(blocks, factors.layers, shapes, weight=1 / segment.tokens_per_document)
 
 
 def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:
@@ -145,10 +183,51 @@ def query_blocks(
 
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
     """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
-    weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
-    return sum(
-        weights[rows] @ attribution.source(query, dot)[0] for query, rows in query_blocks(config, workspace, attribution, queries)
-    )
+    query = _mean_gradient(config, workspace, attribution, queries)
+    return attribution.source(query, dot)[0][0]
+
+
+def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
+    """The documents of highest and of lowest `source_scores`: found by sketches of the rows, then scored exactly.
+
+    A sketch that is not there yet is made, which takes one pass over the rows of its checkpoint.
+    """
+    documents = attribution.documents.ids
+    query = _mean_gradient(config, workspace, attribution, queries)
+    parts = []
+    approximate, squares = np.zeros(len(documents)), np.zeros(len(documents))
+    for segment, responses in attribution.responses(query):
+        received = received_per_checkpoint(segment, attribution.exposure)
+        u = responses.float().cpu().numpy()
+        for checkpoint in segment.checkpoints:
+            table = open_sealed(workspace.store, attribution.manifests[checkpoint])
+            sketch = open_sketch(table, attribution.manifests[checkpoint], documents)
+            approximate += received * sketch.scores(u[0])
+            squares += (received * np.linalg.norm(u) * sketch.norms.numpy()) ** 2
+            parts.append((received, table, sketch.places.numpy(), u))
+
+    def exact(rows: np.ndarray) -> np.ndarray:
+        asked = [documents[row] for row in rows.tolist()]
+        dots = (received[rows] * dot_scores_at(table, places[rows], asked, u)[:, 0] for received, table, places, u in parts)
+        return sum(dots, start=np.zeros(len(rows)))
+
+    return extremes(approximate, np.sqrt(squares), exact, top=top)
+
+
+def _mean_gradient(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Gradients:
+    """The gradient of the measurement's mean over all predicted tokens of `queries`, as one query; scores are linear in it."""
+    weights = torch.from_numpy(queries.num_loss_tokens / queries.num_loss_tokens.sum())
+    sums: Gradients = {}
+    for block, rows in query_blocks(config, workspace, attribution, queries):
+        for name, gradient in block.items():
+            share = torch.tensordot(weights[rows].to(gradient.dtype), gradient, dims=1)[None]
+            sums[name] = sums[name] + share if name in sums else share
+    return sums
+
+
+def rows_bytes(attribution: Attribution) -> int:
+    """Bytes of the vectors at all checkpoints, which scoring every document reads."""
+    return sum(held["rows"] * stored_bytes(held["dim"], held["dtype"]) for held in attribution.manifests.values())
 
 
 def score_documents(config: Config, workspace: Workspace) -> Scored:

@@ -68,13 +68,11 @@ def segments(config: Config, workspace: Workspace) -> None:
 
 
 def curvature(config: Config, workspace: Workspace, index: int) -> None:
-    """EK-FAC of one segment."""
-    import numpy as np
-
+    """EK-FAC of one segment; of one that is to be fitted from rows, only how they are projected."""
     from tda.artifacts import read_json
     from tda.checkpoints import load_checkpoint, preconditioner
     from tda.data import load_documents
-    from tda.dynamics import load_exposure, load_segments
+    from tda.dynamics import curvature_rows, load_exposure, load_segments
     from tda.factors import fit_factors, save_factors
     from tda.model import tracked_layers
     from tda.parallel import device_of, num_workers
@@ -83,20 +81,16 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
 
     documents = load_documents(workspace.documents)
     segment = load_segments(workspace)[index]
-    seen = np.flatnonzero(load_exposure(workspace, documents)[:, index])
-    chosen = seen
-    if 0 < config.curvature.num_documents < len(seen):
-        random = np.random.default_rng([config.curvature.seed, index])
-        chosen = np.sort(random.choice(seen, config.curvature.num_documents, replace=False))
+    chosen = curvature_rows(config.curvature, load_exposure(workspace, documents), index)
     training = read_json(workspace.training, stage="train")
     P = {}
     if training["optimizer"] == "adamw" and config.curvature.adam != "none":
         layers = tracked_layers(load_checkpoint(workspace, segment.checkpoints[-1]), config.curvature.layers)
         P = preconditioner(workspace, segment.checkpoints, layers, beta2=training["beta2"], epsilon=training["epsilon"])
-    projected = config.curvature.space == "projected"
-    if projected and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
+    space = config.curvature.space
+    if space != "full" and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
         raise ValueError(
-            "curvature.space: projected fits the factors of gradients projected at random; expected gradients.projection: "
+            f"curvature.space: {space} fits the factors of gradients projected at random; expected gradients.projection: "
             f"random and curvature.adam: scalar or none, got {config.gradients.projection} and {config.curvature.adam}"
         )
 
@@ -112,7 +106,8 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
         weight=1 / segment.tokens_per_document,
         P=P,
         adam=config.curvature.adam if P else "none",
-        projections=projections if projected else None,
+        projections=projections if space != "full" else None,
+        fitted=space != "rows",
         batch_tokens=config.gradients.batch_tokens,
         seed=config.curvature.seed * 1000 + index,
         workers=num_workers(config.compute),

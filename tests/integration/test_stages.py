@@ -16,7 +16,9 @@ from tda import stages
 from tda.artifacts import Workspace, read_json, write_json, write_table
 from tda.config import Config
 from tda.data import load_documents
-from tda.dynamics import load_exposure, load_segments
+from tda.dynamics import curvature_rows, load_exposure, load_segments
+from tda.factors import load_factors
+from tda.query import answer
 from tests.toy import toy_config, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
@@ -280,9 +282,49 @@ def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy
     assert np.corrcoef(full, projected)[0, 1] > 0.9
 
 
-def test_projected_space_wants_random_projections(toy):
+def test_curvature_from_the_stored_rows(toy):
+    """The factors are those of the rows of the segment's documents at its checkpoints, worked out again here."""
+    from tda.checkpoints import load_checkpoint
+    from tda.gradients import gradient_rows
+    from tda.row_curvature import row_curvature
+    from tda.scoring import load_attribution
+    from tda.task import CausalLM
+
     _config, workspace = toy
-    config = toy_config(workspace.root, curvature__space="projected")
+    settings = {"gradients__projection": "random", "gradients__rank": 3, "gradients__dtype": "float32"}
+    config = toy_config(workspace.root, curvature__space="rows", curvature__num_documents=20, **settings)
+    run(config, workspace, "curvature", "gradients", "scores")
+    held = load_factors(workspace.curvature(0))
+    assert not held.plain  # no pass has fitted anything
+    documents = load_documents(workspace.documents)
+    attribution = load_attribution(config, workspace, documents)
+    segment = attribution.segments[0]
+    chosen = curvature_rows(config.curvature, attribution.exposure, 0)
+    assert len(chosen) == 20
+    rows = torch.cat([
+        gradient_rows(
+            load_checkpoint(workspace, checkpoint),
+            held.layers,
+            documents.batch(chosen.tolist()),
+            task=CausalLM(),
+            projections=held.projections,
+        )[0]
+        for checkpoint in segment.checkpoints
+    ])
+    shapes = {name: (sides.P_o.shape[1], sides.P_i.shape[1]) for name, sides in held.projections.items()}
+    expected = row_curvature(lambda: [rows], held.layers, shapes, weight=1 / segment.tokens_per_document)
+    for name, factors in attribution.factors[0].plain.items():
+        torch.testing.assert_close(factors.Lambda, expected[name].Lambda, rtol=1e-3, atol=1e-3 * float(factors.Lambda.max()))
+    values = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
+    assert np.isfinite(values).all()
+    assert values.std() > 0
+    assert answer("The list of a set", config=config, workspace=workspace)["helped"]
+
+
+@pytest.mark.parametrize("space", ["projected", "rows"])
+def test_projected_space_wants_random_projections(toy, space):
+    _config, workspace = toy
+    config = toy_config(workspace.root, curvature__space=space)
     with pytest.raises(ValueError, match=r"expected gradients\.projection: random.*got eigenbasis"):
         run(config, workspace, "curvature")
 
