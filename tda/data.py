@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 import xxhash
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -94,6 +94,29 @@ class Batch:
         """Predictions that count."""
         return self.loss_mask.sum(dim=1)
 
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a causal language model is called with."""
+        return {"input_ids": self.tokens}
+
+    @property
+    def predictions(self) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
+        """Of every prediction that counts, document by document: its place among the flattened tokens, and the token it is of."""
+        places = F.pad(self.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
+        return places, self.tokens.flatten()[places + 1]
+
+    def documents_of(self, places: Int[Tensor, " place"]) -> Int[Tensor, " place"]:
+        """The document that each of the flattened tokens belongs to, by its number in `rows`."""
+        return places // self.tokens.shape[1]
+
+    def sums(self, values: Float[Tensor, " prediction"]) -> Float[Tensor, " batch"]:
+        """Sums over documents of a number per prediction that counts."""
+        return values.new_zeros(self.loss_mask.shape).masked_scatter_(self.loss_mask, values).sum(dim=1)
+
+    def by_document(self, x: Float[Tensor, "batch token k"]) -> Float[Tensor, "batch token k"]:
+        """Positions of every document in a row of their own: so they are."""
+        return x
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`."""
         return Batch(self.rows, self.tokens.to(device), self.mask.to(device), self.loss_mask.to(device))
@@ -148,6 +171,10 @@ class TensorBatch:
     def to(self, device: torch.device | str) -> "TensorBatch":
         """The batch on `device`."""
         return TensorBatch(self.rows, self.x.to(device), self.y.to(device))
+
+    def by_document(self, x: Float[Tensor, "batch position k"]) -> Float[Tensor, "batch position k"]:
+        """Positions of every example in a row of their own: so they are."""
+        return x
 
     @property
     def counts(self) -> Bool[Tensor, "batch 1"]:

@@ -1,6 +1,7 @@
 """Gradients of single examples: LoGra rows for the store, full gradients of a few queries."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -8,27 +9,44 @@ from torch import Tensor, nn
 
 from tda.capture import captured
 from tda.data import Batch, TensorBatch
+from tda.losses import at_least_float32
 from tda.model import Layer
+from tda.packing import PackedBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
 
 
 def gradient_rows(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task, projections: dict[str, Projection]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch | PackedBatch | TensorBatch,
+    *,
+    task: Task,
+    projections: dict[str, Projection],
 ) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
-    """The projected gradients `P_o^T G P_i` of every example's summed loss, layers side by side; its mean loss per term."""
+    """The projected gradients `P_o^T G P_i` of every example's summed loss, layers side by side; its mean loss per
+    term.
+
+    Sums over positions are taken in float32 or wider.
+    """
     rows: dict[str, Tensor] = {}
 
     def project_inputs(layer: Layer, a: Tensor) -> Tensor:
         return encode_inputs(a, projections[layer.name].P_i, bias=layer.bias)
 
     def add_rows(layer: Layer, projected: Tensor, Ds: Tensor) -> None:
-        rows[layer.name] = torch.bmm((Ds @ projections[layer.name].P_o).mT, projected).flatten(1)
+        rows[layer.name] = outer_products(batch.by_document(Ds @ projections[layer.name].P_o), batch.by_document(projected))
 
     with captured(model, layers, encode=project_inputs, consume=add_rows):
         total, losses = task.losses(model, batch)
         total.backward()
     return torch.cat([rows[layer.name] for layer in layers], dim=1), losses / batch.sizes
+
+
+@no_type_check  # is compiled
+def outer_products(outputs, inputs):
+    """Sums over positions of `outputs inputs^T`: (document, position, k_out) and k_in give (document, k_out k_in)."""
+    return torch.bmm(at_least_float32(outputs).mT, at_least_float32(inputs)).flatten(1)
 
 
 def query_gradients(

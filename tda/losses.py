@@ -3,15 +3,15 @@
 Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tda.data import Batch
 from tda.model import plain_head
+from tda.packing import DocumentBatch
 
 Labels = Literal["true", "sampled"]
 Measurement = Literal["loss", "margin", "log_probability"]
@@ -21,7 +21,7 @@ ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}  # of logits; on a CPU those of a smal
 
 def document_losses(
     model: nn.Module,
-    batch: Batch,
+    batch: DocumentBatch,
     *,
     weights: Float[Tensor, " batch"] | None = None,
     labels: Labels = "true",
@@ -37,35 +37,33 @@ def document_losses(
     uniform = None
     if labels == "sampled":
         uniform = torch.rand(len(places), generator=generator, device=places.device)
-    w = batch.loss_mask.new_ones(len(places), dtype=torch.float32)
+    w = places.new_ones(len(places), dtype=torch.float32)
     if weights is not None:
-        w = weights[places // batch.tokens.shape[1]]
+        w = weights[batch.documents_of(places)]
     head = plain_head(model)
     if head is None or head._forward_hooks:  # where something listens to the head, it has to be called
         losses = logit_losses(document_logits(model, batch), targets, uniform)
         total = (w * losses).sum()
     else:
-        hidden = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         W = head.weight if torch.is_grad_enabled() else head.weight.detach()
         total, losses = _HeadLosses.apply(hidden.flatten(0, 1).index_select(0, places), W, targets, uniform, w)
-    spread = losses.new_zeros(batch.loss_mask.shape).masked_scatter_(batch.loss_mask, losses.detach())
-    return total, spread.sum(dim=1)
+    return total, batch.sums(losses.detach())
 
 
-def predictions(batch: Batch) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
+def predictions(batch: DocumentBatch) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
     """Of every prediction that counts, document by document: its place among the flattened tokens, and the token it is of."""
-    places = F.pad(batch.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
-    return places, batch.tokens.flatten()[places + 1]
+    return batch.predictions
 
 
-def document_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "prediction vocabulary"]:
+def document_logits(model: nn.Module, batch: DocumentBatch) -> Float[Tensor, "prediction vocabulary"]:
     """The logits of every prediction that counts."""
     places, _targets = predictions(batch)
-    return at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)[places])
+    return at_least_float32(model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[places])
 
 
 def document_costs(
-    model: nn.Module, batch: Batch, *, weights: Float[Tensor, " batch"], measurement: Measurement
+    model: nn.Module, batch: DocumentBatch, *, weights: Float[Tensor, " batch"], measurement: Measurement
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
     """As `document_losses`, of a measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
     if measurement in ("loss", "log_probability"):
@@ -146,6 +144,7 @@ class _HeadLosses(torch.autograd.Function):
         return None if dh is None else g * dh, None if dW is None else g * dW, None, None, None
 
 
+@no_type_check  # is compiled
 def at_least_float32(values: Tensor) -> Tensor:
     """`values` in float32, or in float64 if they are: reductions over data are never narrower."""
     return values if values.dtype == torch.float64 else values.float()

@@ -162,7 +162,8 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     """
     if model not in _has_plain_head:
         _has_plain_head[model] = _probe_head(model)
-    return model.get_output_embeddings() if _has_plain_head[model] else None
+    head = model.get_output_embeddings() if _has_plain_head[model] else None
+    return head if isinstance(head, nn.Linear) else None  # `row_layers` puts another in its place
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """LoGra projections of both sides of a layer's gradient (arXiv 2405.13954, section 3.1)."""
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from jaxtyping import Float
@@ -44,9 +45,8 @@ def _random_orthonormal(size: int, rank: int, generator: torch.Generator) -> Ten
     return (Q * R.diagonal().sign()).float()  # the sign makes the distribution uniform (Mezzadri 2007)
 
 
-def encode_inputs(
-    a: Float[Tensor, "batch token inputs"], P: Float[Tensor, "d_in k"], *, bias: bool
-) -> Float[Tensor, "batch token k"]:
+@no_type_check  # is compiled: (batch, token, inputs) and (d_in, k) give (batch, token, k)
+def encode_inputs(a, P, *, bias):
     """`[a, 1] P` where there is a bias, else `a P`; the column of ones is never formed."""
     return torch.nn.functional.linear(a, P[:-1].T, P[-1]) if bias else a @ P
 

@@ -25,6 +25,7 @@ from tda.losses import (
     margins,
     predictions,
 )
+from tda.packing import DocumentBatch
 
 RegressionMeasurement = Literal["absolute_error", "squared_error"]
 
@@ -84,7 +85,7 @@ class CausalLM:
     def losses(
         self,
         model: nn.Module,
-        batch: Batch,
+        batch: DocumentBatch,
         *,
         weights: Float[Tensor, " example"] | None = None,
         labels: Labels = "true",
@@ -94,21 +95,21 @@ class CausalLM:
         return document_losses(model, batch, weights=weights, labels=labels, generator=generator)
 
     def costs(
-        self, model: nn.Module, batch: Batch, *, weights: Float[Tensor, " example"]
+        self, model: nn.Module, batch: DocumentBatch, *, weights: Float[Tensor, " example"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.costs`."""
         return document_costs(model, batch, weights=weights, measurement=self.measurement)
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Float[Tensor, "term output"]:
+    def outputs(self, model: nn.Module, batch: DocumentBatch) -> Float[Tensor, "term output"]:
         """Logits of the predictions that count. See `Task.outputs`."""
         return document_logits(model, batch)
 
-    def output_losses(self, outputs: Float[Tensor, "term output"], batch: Batch) -> Float[Tensor, " term"]:
+    def output_losses(self, outputs: Float[Tensor, "term output"], batch: DocumentBatch) -> Float[Tensor, " term"]:
         """See `Task.output_losses`."""
         return logit_losses(outputs, predictions(batch)[1], None)
 
     def responses(
-        self, outputs: Float[Tensor, "term output"], batch: Batch
+        self, outputs: Float[Tensor, "term output"], batch: DocumentBatch
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
         """Margins. See `Task.responses`."""
         return _margin_responses(outputs, predictions(batch)[1])

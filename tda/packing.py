@@ -1,0 +1,258 @@
+"""Documents one after another in one row of tokens, without padding; attention stays inside each.
+
+Every token has a slot in a grid (document, position), in which documents stand side by side, each in a row of its own: there
+attention is causal and nothing else, and there a sum over a document's tokens is a product. Everything else sees the one row.
+A model is run so inside `within_documents`, if `packs` says that it can.
+"""
+
+import bisect
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, no_type_check
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tda.data import Batch, Documents
+from tda.streaming import Copy, start_copy, to_device
+
+WITHIN_DOCUMENTS = "within_documents"  # the name of our attention among those of transformers
+PROBE_LENGTHS = (3, 2)  # any documents of two lengths show whether a model keeps them apart
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents in one row. `layout` holds all that a device needs to know, so that it is one copy.
+
+    It is tokens, positions and slots of every token, then places and targets of the predictions that count, flat.
+    """
+
+    rows: list[int]  # row numbers of the documents
+    layout: Int[Tensor, " number"]
+    num_tokens: int
+    grid: tuple[int, int]  # rows, those that only fill up included; positions
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        return self.layout[start:stop]
+
+    @property
+    def tokens(self) -> Int[Tensor, "1 token"]:
+        """Token ids."""
+        return self._part(0, self.num_tokens)[None]
+
+    @property
+    def slots(self) -> Int[Tensor, " token"]:
+        """Every token's place in the flattened grid."""
+        return self._part(2 * self.num_tokens, 3 * self.num_tokens)
+
+    @property
+    def predictions(self) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
+        """Of every prediction that counts its place in the row, and the token it is of."""
+        middle = (3 * self.num_tokens + len(self.layout)) // 2
+        return self._part(3 * self.num_tokens, middle), self._part(middle, len(self.layout))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with."""
+        positions = self._part(self.num_tokens, 2 * self.num_tokens)[None]
+        return {"input_ids": self.tokens, "position_ids": positions, "slots": self.slots, "grid": self.shape_of_grid}
+
+    @cached_property
+    def shape_of_grid(self) -> Tensor:
+        """An empty tensor of the grid's shape: sizes of tensors may change between runs of a compiled layer."""
+        return self.layout.new_empty(()).expand(self.grid)
+
+    def documents_of(self, places: Int[Tensor, " place"]) -> Int[Tensor, " place"]:
+        """The document that each place of the row belongs to, by its number in `rows`."""
+        return self.slots[places] // self.grid[1]
+
+    def sums(self, values: Float[Tensor, " prediction"]) -> Float[Tensor, " document"]:
+        """Sums over documents of a number per prediction that counts."""
+        places, _targets = self.predictions
+        spread = values.new_zeros(self.grid[0] * self.grid[1]).index_copy_(0, self.slots[places], values)
+        return spread.view(self.grid).sum(dim=1)[: len(self.rows)]
+
+    @property
+    def sizes(self) -> Float[Tensor, " document"]:
+        """Predictions of every document that count."""
+        return self.sums(torch.ones(len(self.predictions[0]), device=self.layout.device))
+
+    def by_document(self, x: Float[Tensor, "1 token k"]) -> Float[Tensor, "document position k"]:
+        """Tokens in the grid, zeros elsewhere."""
+        return spread(x[0], self.slots, self.shape_of_grid)[: len(self.rows)]
+
+    def to(self, device: torch.device, *, copy: Copy = start_copy) -> "PackedBatch":
+        """The batch on `device`."""
+        return PackedBatch(self.rows, to_device(self.layout, device, copy=copy), self.num_tokens, self.grid)
+
+
+DocumentBatch = Batch | PackedBatch
+
+
+def pack(documents: Documents, rows: Sequence[int], *, fill_to: int = 0) -> PackedBatch:
+    """The documents in `rows`, one after another, and up to `fill_to` tokens that belong to none of them."""
+    lengths = [len(documents.tokens[row]) for row in rows]
+    longest = max(lengths)
+    lacking = max(0, fill_to - sum(lengths))
+    filling = [min(longest, lacking - start) for start in range(0, lacking, longest)]
+    held = np.array(lengths + filling)
+    starts = np.cumsum(held) - held
+    number = np.repeat(np.arange(len(held)), held)
+    position = np.arange(len(number)) - starts[number]
+    tokens = np.concatenate([*(documents.tokens[row] for row in rows), np.zeros(lacking, np.int64)])
+    first = np.concatenate([documents.loss_starts[np.asarray(rows)], held[len(rows) :]])
+    places = np.flatnonzero((position + 1 >= first[number]) & (position + 1 < held[number]))
+    layout = np.concatenate([tokens, position, number * longest + position, places, tokens[places + 1]])
+    return PackedBatch(list(rows), torch.from_numpy(layout.astype(np.int64)), len(tokens), (len(held), longest))
+
+
+def pack_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list[list[int]]:
+    """Row numbers of batches of at most `batch_tokens` tokens, as full as can be: always the longest document that still fits.
+
+    So most documents of a batch are of similar length. A function of the lengths alone, and a document longer than
+    `batch_tokens` gets a batch of its own, as in `data.batch_plan`.
+    """
+    waiting: dict[int, list[int]] = defaultdict(list)
+    for row in range(len(lengths) - 1, -1, -1):
+        waiting[int(lengths[row])].append(row)
+    known = sorted(waiting)
+    plan: list[list[int]] = []
+    while known:
+        length = known[-1]
+        batch: list[int] = []
+        room = max(batch_tokens, length)
+        while length is not None:
+            batch.append(waiting[length].pop())
+            room -= length
+            if not waiting[length]:
+                known.remove(length)
+            place = bisect.bisect_right(known, room)
+            length = known[place - 1] if place else None
+        plan.append(batch)
+    return plan
+
+
+class _Spread(torch.autograd.Function):
+    """Rows written to their slots among rows of zeros; what is not a slot has no gradient."""
+
+    @staticmethod
+    @no_type_check
+    def forward(ctx, x, slots, num_slots):
+        ctx.save_for_backward(slots)
+        return x.new_zeros(num_slots, *x.shape[1:]).index_copy(0, slots, x)
+
+    @staticmethod
+    @once_differentiable
+    @no_type_check
+    def backward(ctx, g):
+        return g.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows read from their slots, each of which is read once."""
+
+    @staticmethod
+    @no_type_check
+    def forward(ctx, x, slots):
+        ctx.save_for_backward(slots)
+        ctx.num_slots = x.shape[0]
+        return x.index_select(0, slots)
+
+    @staticmethod
+    @once_differentiable
+    @no_type_check
+    def backward(ctx, g):
+        (slots,) = ctx.saved_tensors
+        return g.new_zeros(ctx.num_slots, *g.shape[1:]).index_copy(0, slots, g), None
+
+
+@no_type_check  # is compiled, and so are the functions above
+def spread(x, slots, grid):
+    """Tokens (token, ...) in the grid (document, position, ...), zeros elsewhere; a view if every slot is taken."""
+    num_slots = grid.shape[0] * grid.shape[1]
+    held = x if num_slots == x.shape[0] else _Spread.apply(x, slots, num_slots)
+    return held.view(*grid.shape, *x.shape[1:])
+
+
+@no_type_check
+def gathered(x, slots):
+    """`spread` undone."""
+    held = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    return held if held.shape[0] == slots.shape[0] else _Gather.apply(held, slots)
+
+
+@no_type_check
+def attend_within_documents(module, query, key, value, _mask, *, slots, grid, scaling=None, dropout=0.0, **_more):
+    """Causal attention inside every document; an attention function of transformers, on (1, head, token, size)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    in_grid = (spread(x[0].transpose(0, 1), slots, grid).transpose(1, 2) for x in (query, key, value))
+    attended, _ = sdpa_attention_forward(module, *in_grid, None, dropout=dropout, scaling=scaling, is_causal=True)
+    return gathered(attended, slots)[None], None
+
+
+@contextlib.contextmanager
+def within_documents(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model runs on packed batches, and on nothing else."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(WITHIN_DOCUMENTS, attend_within_documents)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = WITHIN_DOCUMENTS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether the model treats packed documents as it does single ones; tried on a few tokens of a model seen for the first time.
+
+    Not where attention sees a window only, or where scores are changed in ways that our attention does not know.
+    """
+    if model not in _packs:
+        _packs[model] = _probe(model)
+    return _packs[model]
+
+
+@torch.no_grad()
+def _probe(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "base_model"):
+        return False
+    if getattr(config.get_text_config(), "sliding_window", None) or getattr(
+        config.get_text_config(), "attn_logit_softcapping", None
+    ):
+        return False
+    device = next(model.parameters()).device
+    tokens = [np.arange(1, length + 1, dtype=np.int32) for length in PROBE_LENGTHS]
+    names = [str(length) for length in PROBE_LENGTHS]
+    documents = Documents(names, names, names, names, tokens, np.ones(len(tokens), np.int64))
+    batch = pack(documents, range(len(tokens)), fill_to=sum(PROBE_LENGTHS) + 1).to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        with within_documents(model):
+            together = model.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
+        alone = [
+            model.base_model(
+                input_ids=torch.from_numpy(one.astype(np.int64))[None].to(device), use_cache=False
+            ).last_hidden_state[0]
+            for one in tokens
+        ]
+        return bool(torch.allclose(together[: sum(PROBE_LENGTHS)], torch.cat(alone), rtol=1e-2, atol=1e-3))
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    finally:
+        model.train(was_training)

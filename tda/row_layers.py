@@ -1,0 +1,135 @@
+"""Rows of packed documents as gradients of nothing but themselves, so that decoder layers compile with all of it inside.
+
+Every tracked layer is given a perturbation R_n per document n, which acts on its tokens t and is zero:
+
+    y_t = W x_t + P_o R_n P_i^T x_t,        dL / dR_n  at R = 0  =  P_o^T G_n P_i
+
+(LoGra's own form, arXiv 2405.13954, figure 2). The perturbation is never computed: the layer is `W x_t` with a derivative of its
+own. Of its input no more than `P_i^T x_t` is kept. `gradients.gradient_rows`, with hooks, gives the same rows.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tda.gradients import outer_products
+from tda.losses import at_least_float32
+from tda.model import Layer, layer_matrix, plain_head
+from tda.packing import PackedBatch, spread, within_documents
+from tda.projection import Projection, encode_inputs
+from tda.task import Task
+
+Backend = str | Callable  # of torch.compile
+
+
+class _Perturbed(torch.autograd.Function):
+    """`x W^T + b`, with the derivative by every document's perturbation."""
+
+    @staticmethod
+    @no_type_check
+    def forward(ctx, x, W, bias, projected, P_o, R, slots, grid):
+        ctx.save_for_backward(W, projected, P_o, slots, grid)
+        return nn.functional.linear(x, W, bias)
+
+    @staticmethod
+    @once_differentiable
+    @no_type_check
+    def backward(ctx, Ds):
+        W, projected, P_o, slots, grid = ctx.saved_tensors
+        dx = Ds @ W if ctx.needs_input_grad[0] else None
+        sides = (spread(side[0], slots, grid) for side in (Ds @ P_o, projected))
+        dR = outer_products(*sides).view(-1, P_o.shape[1], projected.shape[-1])
+        return dx, None, None, None, None, dR, None, None
+
+
+class _RowLayer(nn.Module):
+    """A linear layer with perturbations, which `start` sets for a batch."""
+
+    def __init__(self, module: nn.Module, layer: Layer, projection: Projection):
+        super().__init__()
+        self.module, self.biased = module, layer.bias
+        self.register_buffer("P_i", projection.P_i.to(module.weight.dtype), persistent=False)
+        self.register_buffer("P_o", projection.P_o.to(module.weight.dtype), persistent=False)
+        self.R = self.slots = self.grid = None
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer."""
+        return self.module.weight
+
+    def start(self, batch: PackedBatch) -> Tensor:
+        """The perturbations of `batch`, of which the gradient is asked for."""
+        self.slots, self.grid = batch.slots, batch.shape_of_grid
+        zero = at_least_float32(self.P_o.new_zeros(()))
+        self.R = zero.expand(batch.grid[0], self.P_o.shape[1], self.P_i.shape[1]).requires_grad_()
+        for tensor, axes in ((self.R, (0,)), (self.grid, (0, 1))):
+            for axis in axes:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return self.R
+
+    @no_type_check
+    def forward(self, x):
+        projected = encode_inputs(x.detach(), self.P_i, bias=self.biased)  # compiled, layers that share an input share this
+        W = layer_matrix(self.module, self.module.weight, None)
+        return _Perturbed.apply(x, W, self.module.bias, projected, self.P_o, self.R, self.slots, self.grid)
+
+
+RowsOf = Callable[[PackedBatch], tuple[Float[Tensor, "document values"], Float[Tensor, " document"]]]
+
+
+@contextlib.contextmanager
+def row_layers(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    *,
+    task: Task,
+    projections: dict[str, Projection],
+    backend: Backend | None = "inductor",
+) -> Iterator[RowsOf]:
+    """Inside the block, a function that gives what `gradients.gradient_rows` does; decoder layers are compiled by `backend`.
+
+    With `backend` None nothing is compiled. A batch should have as many tokens as the others (`fill_to` of `packing.pack`): a
+    batch of other size is compiled anew, one of more documents or longer ones is not.
+
+    Raises:
+        ValueError: the model is in training mode, where dropout would make every gradient wrong.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
+    plain_head(model)  # what it has to run, it runs before layers are exchanged
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    exchanged = {layer.name: _RowLayer(model.get_submodule(layer.name), layer, projections[layer.name]) for layer in layers}
+    compiled = decoder_layers(model) if backend else []
+
+    def rows_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        R = [exchanged[layer.name].start(batch) for layer in layers]
+        total, losses = task.losses(model, batch)
+        rows = torch.autograd.grad(total, R)
+        return torch.cat([held[: len(batch.rows)].flatten(1) for held in rows], dim=1), losses / batch.sizes
+
+    model.requires_grad_(False)
+    try:
+        for name, row_layer in exchanged.items():
+            model.set_submodule(name, row_layer)
+        for decoder_layer in compiled:
+            decoder_layer.compile(backend=backend, fullgraph=True)
+        with within_documents(model):
+            yield rows_of
+    finally:
+        for decoder_layer in compiled:
+            decoder_layer._compiled_call_impl = None
+        for name, row_layer in exchanged.items():
+            model.set_submodule(name, row_layer.module)
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The equal layers that make up a language model: those of its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len, default=[]))
