@@ -2,8 +2,10 @@
 
 Makes the plan, runs every stage of the pipeline in a folder of its own, one after the other, and prints both side by side, with
 their ratio: the processor's time (and the clock's, which depends on what else the machine does), bytes left on the disk, and the
-peak of the memory of a stage's processes together, what they share counted once. The default is a small run on the built-in
-corpus; `--params FILE` takes any other, `--set KEY=VALUE` changes single settings. Ends with one JSON line.
+peak of the memory of a stage's processes together, what they share counted once. `pace` is how long a fixed piece of work took
+beside the stage, in what it took beside the plan: on a shared machine the processor's own time depends on the neighbours. The
+default is a small run on the built-in corpus; `--params FILE` takes any other, `--set KEY=VALUE` changes single settings. Ends
+with one JSON line.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import yaml
 
 from benchmarks.common import ROOT
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     for key, value in changes.items():
         put(values, key.split("."), value)
     config = parse_config(values, origin="settings")
+    torch.set_num_threads(1)
+    pace()  # warm
     with _folder(options.folder) as folder:
         (folder / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
         done = measure(folder, ["prepare"]) if options.knows_corpus else []
@@ -99,11 +104,12 @@ def planned(folder: Path) -> dict:
     path = folder / "plan.json"
     start = time.perf_counter()
     run = [sys.executable, "-m", "tda", "plan", "--json", str(path)]
+    slow = pace()
     done = subprocess.run(run, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"tda plan: {done.stderr.strip()}")
     print(done.stdout, f"\nThe plan took {clock(time.perf_counter() - start)}.\n", sep="", flush=True)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8")) | {"pace": (slow + pace()) / 2}
 
 
 def _environment() -> dict[str, str]:
@@ -122,6 +128,7 @@ def measure(folder: Path, commands: Sequence[str]) -> list[dict]:
 
 def _measured(folder: Path, command: str) -> dict:
     name, _, part = command.partition("@")
+    slow = pace()
     before, spent, start = _disk(folder), _children(), time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "tda", name, *(["--index", part] if part else [])],
@@ -148,7 +155,18 @@ def _measured(folder: Path, command: str) -> dict:
         "cpu_seconds": _children() - spent,
         "disk_bytes": _disk(folder) - before,
         "memory_bytes": peak,
+        "pace": (slow + pace()) / 2,
     }
+
+
+def pace() -> float:
+    """Processor seconds of a fixed piece of work."""
+    a = torch.ones(64, 256)
+    W = torch.ones(256, 64)
+    start = time.process_time()
+    for _ in range(8000):
+        a @ W
+    return time.process_time() - start
 
 
 def _children() -> float:
@@ -202,7 +220,16 @@ def compare(foretold: dict, done: Sequence[dict]) -> list[dict]:
             else None
             for quantity in QUANTITIES
         }
-        found.append({"stage": stage["stage"], "parts": len(parts), "foretold": told, "measured": real, "judged": judged})
+        slow = sum(part["pace"] * part["cpu_seconds"] for part in parts) / real["cpu_seconds"] / foretold["pace"]
+        found.append({
+            "stage": stage["stage"],
+            "parts": len(parts),
+            "foretold": told,
+            "measured": real,
+            "judged": judged,
+            "pace": round(slow, 3),
+            "at_that_pace": round(slow * told["cpu_seconds"] / real["cpu_seconds"], 3),
+        })
     total = {
         kind: {quantity: sum(one[kind][quantity] for one in found[:-1]) for quantity in QUANTITIES}
         for kind in ("foretold", "measured")
@@ -210,7 +237,9 @@ def compare(foretold: dict, done: Sequence[dict]) -> list[dict]:
     for kind in total:
         total[kind]["memory_bytes"] = max(one[kind]["memory_bytes"] for one in found[:-1])
     judged = {quantity: abs(total["foretold"][quantity] / total["measured"][quantity] - 1) <= WITHIN for quantity in QUANTITIES}
-    return [*found, {"stage": "total", "parts": 1, **total, "judged": judged}]
+    even = sum(one["foretold"]["cpu_seconds"] * one["pace"] for one in found[:-1]) / total["measured"]["cpu_seconds"]
+    slow = round(even * total["measured"]["cpu_seconds"] / total["foretold"]["cpu_seconds"], 3)
+    return [*found, {"stage": "total", "parts": 1, **total, "judged": judged, "pace": slow, "at_that_pace": round(even, 3)}]
 
 
 def render(found: Sequence[dict]) -> str:
@@ -223,11 +252,11 @@ def render(found: Sequence[dict]) -> str:
             told, real = one["foretold"][quantity], one["measured"][quantity]
             mark = " !" if one["judged"][quantity] is False else ""
             row += [words(told), words(real), f"{told / real:.2f}{mark}" if one["judged"][quantity] is not None else "small"]
-        rows.append(row)
+        rows.append([*row, f"{one['pace']:.2f}", f"{one['at_that_pace']:.2f}"])
     header = ["stage"]
     for title in ("processor", "clock", "disk", "memory"):
         header += [title, "measured", "ratio"]
-    return text_table(header, rows)
+    return text_table([*header, "pace", "processor at that pace"], rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ much longer the clock took is measured beside them.
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -45,13 +46,16 @@ PROBE = 1e9  # operations of the matrix product that says how large a part of th
 LEAST_TOKENS = 256  # of a batch: fewer do not keep a processor busy
 STORED_BYTES = 16 * 2**20  # of rows that are written to a store, sealed and read
 WRITTEN_BYTES = 64 * 2**20  # of a file that the disk is tried with
-IMPORTS = {  # what stages load, the later ones all that comes before
-    "tables": "import tda.artifacts, tda.config, polars, numpy",
-    "torch": "import tda.data, tda.parallel",
-    "model": "from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM; import tda.factors",
-    "store": "import lancedb, lance, tda.store",
-    "statistics": "import scipy.stats, scipy.optimize",
-}
+IMPORTS = (  # what stages load, by kind; in a chain the later ones load all that comes before
+    {
+        "torch": "import tda.cli, tda.pipeline, tda.stages, tda.data, tda.parallel",
+        "model": "import tda.run; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM; "
+        "import torch; torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)",
+        "store": "import lancedb, lance, tda.store",
+    },
+    {"tables": "import tda.cli, tda.pipeline, tda.stages, polars", "statistics": "import scipy.stats, scipy.optimize"},
+    {"rows": "import tda.cli, tda.verify, lance"},
+)
 
 
 @dataclass(frozen=True)
@@ -413,22 +417,31 @@ def disk_rate(folder: Path) -> float:
 
 
 def start_ups() -> dict[str, Startup]:
-    """What a process takes until it has loaded what stages load, of each kind; measured in a process of its own."""
-    lines = ["import json, resource, time", "found = {}"]
-    for name, statement in IMPORTS.items():
-        lines += [
-            statement,
-            "held = [line for line in open('/proc/self/status') if line.startswith('VmRSS')] if __import__('os').path.exists("
-            "'/proc/self/status') else []",
-            "peak = int(held[0].split()[1]) if held else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
-            f"found[{name!r}] = (time.process_time(), peak * 1024)",
-        ]
-    lines.append("print(json.dumps(found))")
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    found = {name: Startup(seconds, num_bytes) for name, (seconds, num_bytes) in json.loads(done.stdout).items()}
-    last, before, first = found["statistics"], found["store"], found["tables"]  # statistics are used beside tables alone
-    alone = Startup(first.seconds + last.seconds - before.seconds, first.num_bytes + last.num_bytes - before.num_bytes)
-    return found | {"statistics": alone}
+    """What a process takes to load what stages load, and to end, of each kind; measured in processes of their own."""
+    found = {}
+    for chain in IMPORTS:
+        lines = ["import json, resource, sys, time", "found = {}"]
+        for name, statement in chain.items():
+            lines += [statement, f"found[{name!r}] = (time.process_time(), {RESIDENT})"]
+        lines.append("print(json.dumps(found))")
+        before = _children()
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+        marks = json.loads(done.stdout)
+        last = max(seconds for seconds, _bytes in marks.values())
+        ending = (_children() - before) / last  # to end a process takes time too, the more it holds
+        found |= {name: Startup(ending * seconds, num_bytes) for name, (seconds, num_bytes) in marks.items()}
+    return found
+
+
+RESIDENT = (
+    "next((1024 * int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmRSS')), 0) "
+    "if sys.platform == 'linux' else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
+)
+
+
+def _children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def free_memory() -> int:

@@ -26,6 +26,8 @@ from tda.text_table import text_table
 from tda.train import Step, checkpoint_steps, schedule, stage_lengths
 
 QUERY_COPIES = 3  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
+LOGIT_TANGENTS = 8  # of the logits' size, in a Gauss-Newton product: of softmax, loss and slopes, forward and back
+SCAN_BLOCKS = 8  # of stored rows that a scan has in memory, with what Lance reads ahead
 Number = int | float
 
 SMALL = 1 << 20  # bytes that the small files of a stage take
@@ -242,7 +244,11 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         "store",
         work=work,
         disk=num * (len(corpus.scored) * FLOAT + 120),
-        memory=memory + weights * (copies + 1) * num_checkpoints / 2 + len(run.seen) * factors,
+        memory=memory
+        + weights * (copies + 1) * num_checkpoints / 2
+        + len(run.seen) * factors
+        + sample.kept["frozen"] * batch_tokens
+        + SCAN_BLOCKS * BLOCK_BYTES,
     )
     add("curation", "statistics", work={}, disk=corpus.num_bytes * 1.6)
 
@@ -257,10 +263,10 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         memory=machine.workers * (_worker_bytes(sample, machine) + weights * (copies + 1) + sample.kept["training"] * largest),
     )
     add("evaluation", "statistics", work={})
-    add("report", "statistics", work={})
+    add("report", "tables", work={})
     add(
         "verify",
-        "store",
+        "rows",
         work={"digest": num_checkpoints * stored / machine.stored},
         disk=0,
         memory=2 * BLOCK_BYTES,
@@ -364,8 +370,8 @@ def _scores(
     }
     full = model.gradient * FLOAT
     searched = 4 * ROUNDS * groups * full  # directions and products with them, in lists and joined
-    widest = max([2 * model.head[1], *(max(layer.d_in, layer.d_out) for layer in model.tracked)])
-    tangents = 2 * vectors * solver_tokens * widest * FLOAT
+    widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
+    tangents = vectors * solver_tokens * widest * FLOAT
     tables = 4 * num * num_queries * (8 + FLOAT / 4)
     return work, (QUERY_COPIES * at_once + num_queries) * full + searched + tangents + tables
 

@@ -42,7 +42,7 @@ def done(tmp_path_factory) -> tuple[Config, Workspace, Corpus, Corpus]:
 
 def machine(**changes: object) -> Machine:
     """One of round numbers, with two workers."""
-    startups = {name: Startup(1.0, 10**8) for name in ("tables", "torch", "model", "store", "statistics")}
+    startups = {name: Startup(1.0, 10**8) for name in ("tables", "torch", "model", "store", "statistics", "rows")}
     held = Machine(
         name="a machine",
         workers=2,
