@@ -1,6 +1,7 @@
 """dattri-LLM: LoGra capture into its store on disk, covariances as a callback of the capture, and EK-FAC's second sweep.
 
-Its curvature is of the true labels, whatever is asked for, which saves it the sampling. The model is frozen and differentiated
+Its curvature is of the true labels, whatever is asked for, which saves it the sampling; its covariances leave out positions
+without a gradient, as the first one of queries and keys, which moves them by some 1e-4. The model is frozen and differentiated
 from the embeddings' output on, as its documentation advises for a probe.
 """
 

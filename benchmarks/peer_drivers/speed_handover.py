@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from handover import peak_mib
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,5 +107,4 @@ def drive(actions: Callable[[Handover], dict[str, Action]]) -> None:
             action(SAMPLED)
             spent[name]["wall"].append(time.perf_counter() - start)
             spent[name]["cpu"].append(time.process_time() - before)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (handed.folder / "speed.json").write_text(json.dumps({"seconds": spent, "peak_mib": peak}), encoding="utf-8")
+    (handed.folder / "speed.json").write_text(json.dumps({"seconds": spent, "peak_mib": peak_mib()}), encoding="utf-8")
