@@ -129,6 +129,7 @@ class Gradients(Section):
     projection: Literal["eigenbasis", "pca", "random"]
     rank: int = Field(ge=1)  # on each side of every layer; a smaller layer keeps its size
     dtype: Literal["float16", "float32", "bfloat16", "int8"]  # int8 with an exponent for every 64 values
+    precision: Literal["float32", "bfloat16"]  # of weights and activations; sums over tokens are in float32
     batch_tokens: int = Field(ge=1)
     seed: int
 
@@ -184,10 +185,11 @@ class Audit(Section):
 
 
 class Compute(Section):
-    """Where the work runs. Results do not depend on the number of workers."""
+    """Where the work runs. Results do not depend on the number of workers, on the rest but for rounding."""
 
     device: Literal["auto", "cpu", "cuda"]
     workers: int = Field(ge=0)  # processes of one thread each on the CPU; 0: one per core
+    compile: Literal["auto", "always", "never"]  # decoder layers, for the rows of gradients; auto: on a GPU
 
 
 class Config(Section):

@@ -1,11 +1,14 @@
 """Logging the gradient rows of documents at one checkpoint into the store."""
 
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from tda.artifacts import Workspace
 from tda.checkpoints import load_checkpoint, weights_digest
@@ -14,11 +17,14 @@ from tda.data import Documents, batch_plan
 from tda.dynamics import load_segments
 from tda.factors import SegmentFactors, load_factors
 from tda.gradients import gradient_rows
+from tda.model import Layer
+from tda.packing import pack, pack_plan, packs
 from tda.parallel import device_of, num_workers, worker_pool
 from tda.projection import Projection
+from tda.row_layers import row_layers
 from tda.store import open_table
 from tda.stored_rows import Rows
-from tda.streaming import HostBuffers, in_background
+from tda.streaming import Copy, HostBuffers, in_background, start_copy
 from tda.task import CausalLM
 
 
@@ -42,32 +48,81 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
         "dtype": config.gradients.dtype,
         "loss": "summed over the document's predicted tokens",
         "layers": list(projections),
+    } | ({} if config.gradients.precision == "float32" else {"precision": config.gradients.precision})
+
+
+@dataclass(frozen=True)
+class RowEngine:
+    """How documents become rows: their batches, by their lengths, and a batch's rows and mean losses, on the device."""
+
+    plan: Callable[[np.ndarray], list[list[int]]]
+    rows: Callable[[Documents, list[int]], tuple[Tensor, Tensor]]
+
+
+@contextlib.contextmanager
+def row_engine(
+    config: Config,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    projections: dict[str, Projection],
+    *,
+    device: torch.device,
+    copy: Copy = start_copy,
+) -> Iterator[RowEngine]:
+    """Packed documents through compiled layers where `compute.compile` says so, else padded ones in the model as it is.
+
+    Packing alone does not pay on a CPU: sorted by length, documents have little padding, and attention then needs no copies.
+
+    Raises:
+        ValueError: layers are to be compiled of a model that does not keep packed documents apart.
+    """
+    batch_tokens = config.gradients.batch_tokens
+    held = {
+        name: Projection(one.P_i.to(device, model.dtype), one.P_o.to(device, model.dtype)) for name, one in projections.items()
     }
+    wanted = config.compute.compile
+    if wanted == "always" and not packs(model):
+        raise ValueError(
+            f"compute.compile: {type(model).__name__} mixes documents that stand in one row, as with attention to a window only; "
+            "expected a model that can keep them apart; set it to auto or never"
+        )
+    if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or not packs(model))):
+
+        def padded(documents: Documents, rows: list[int]) -> tuple[Tensor, Tensor]:
+            return gradient_rows(model, layers, documents.batch(rows).to(device), task=CausalLM(), projections=held)
+
+        yield RowEngine(functools.partial(batch_plan, batch_tokens=batch_tokens), padded)
+        return
+    with row_layers(model, layers, task=CausalLM(), projections=held) as rows_of:
+
+        def packed(documents: Documents, rows: list[int]) -> tuple[Tensor, Tensor]:
+            return rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy))
+
+        yield RowEngine(functools.partial(pack_plan, batch_tokens=batch_tokens), packed)
 
 
-def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int) -> dict:
+def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int, copy: Copy = start_copy) -> dict:
     """Write the rows of all `documents` that the table lacks; its manifest.
 
     Documents that were there when the table was sealed last are not computed again. The rest are batched as a function of
     themselves alone, and a batch that was not committed whole is done again whole: a run that was killed ends with the same rows.
+    Each batch is one copy to the device, where it is packed, and one back; a thread writes it while the next is computed.
     """
     segment = next(segment for segment in load_segments(workspace) if checkpoint in segment.checkpoints)
     factors = load_factors(workspace.curvature(segment.index))
     device = device_of(config.compute)
-    projections = {
-        name: Projection(held.P_i.to(device), held.P_o.to(device)) for name, held in segment_projections(config, factors).items()
-    }
-    model = load_checkpoint(workspace, checkpoint).to(device)
-
-    def rows_of(batch_rows: list[int]) -> Tensor | np.ndarray:
-        rows, losses = gradient_rows(
-            model, factors.layers, documents.batch(batch_rows).to(device), task=CausalLM(), projections=projections
-        )
-        both = torch.cat([rows.float(), losses.float()[:, None]], dim=1)  # one copy to the host
-        return both if both.is_cuda else both.numpy()  # as an array it can come from another process
-
+    projections = segment_projections(config, factors)
+    model = load_checkpoint(workspace, checkpoint).to(device, getattr(torch, config.gradients.precision))
     dim = sum(held.size for held in projections.values())
-    with worker_pool(rows_of, workers=num_workers(config.compute)) as call:
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device, copy=copy))
+
+        def rows_of(batch_rows: list[int]) -> Tensor | np.ndarray:
+            rows, losses = engine.rows(documents, batch_rows)
+            both = torch.cat([rows.float(), losses.float()[:, None]], dim=1)  # one copy to the host
+            return both if both.is_cuda else both.numpy()  # as an array it can come from another process
+
+        call = stack.enter_context(worker_pool(rows_of, workers=num_workers(config.compute)))
         table = open_table(
             workspace.store,
             checkpoint=checkpoint,
@@ -78,11 +133,11 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         )
         new = _lacking(documents, range(len(documents)), table.sealed())
         present = table.present()
-        plan = [[new[place] for place in batch] for batch in _plan(config, documents, new)]
+        plan = [[new[place] for place in batch] for batch in engine.plan(documents.lengths[new])]
         missing = [batch for batch in plan if _lacking(documents, batch, present)]
         table.check_space(sum(map(len, missing)))
         results = call(missing, f"gradients at checkpoint {checkpoint}", "batch")
-        buffers = HostBuffers(max(map(len, missing), default=0), dim + 1, device=device)
+        buffers = HostBuffers(max(map(len, missing), default=0), dim + 1, device=device, copy=copy)
         copies = ((rows, buffers.fetch(torch.as_tensor(result))) for rows, result in zip(missing, results, strict=True))
         in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
         layers = [{"name": name, "rows": held.P_o.shape[1], "columns": held.P_i.shape[1]} for name, held in projections.items()]
@@ -93,13 +148,9 @@ def _lacking(documents: Documents, rows: Iterable[int], present: dict[str, str])
     return [row for row in rows if present.get(documents.ids[row]) != documents.content_hashes[row]]
 
 
-def _plan(config: Config, documents: Documents, rows: list[int]) -> list[list[int]]:
-    return batch_plan(documents.lengths[rows], batch_tokens=config.gradients.batch_tokens)
-
-
 def _as_rows(documents: Documents, rows: list[int], numbers: np.ndarray) -> Rows:
-    """Rows of the store of vectors with the loss as their last column; nothing that outlives its block refers to `numbers`."""
-    vectors = numbers[:, :-1]
+    """Rows of the store of vectors with the loss as their last column; nothing of `numbers` is kept, its memory is used again."""
+    vectors = numbers[:, :-1].copy()
     return Rows(
         doc_ids=[documents.ids[row] for row in rows],
         content_hashes=[documents.content_hashes[row] for row in rows],

@@ -30,8 +30,11 @@ def start_copy(target: Tensor, source: Tensor) -> None:
 
 
 def to_device(values: Tensor, device: torch.device, *, copy: Copy = start_copy) -> Tensor:
-    """`values` of the host on `device`: one copy, which is not waited for; none where they are there already."""
-    if device.type == values.device.type:
+    """`values` of the host on `device`: one copy, which is not waited for; none where they are there already.
+
+    With a `copy` of its own a caller sees on a CPU too what a GPU would be sent.
+    """
+    if device.type == values.device.type and copy is start_copy:
         return values
     target = torch.empty(values.shape, dtype=values.dtype, device=device)
     copy(target, values.pin_memory() if device.type == "cuda" else values)

@@ -71,7 +71,7 @@ def toy_values(folder: Path) -> dict:
     values["curvature"]["num_documents"] = 20
     values["gradients"] |= {"rank": 4, "batch_tokens": 256}
     values["retraining"]["seeds"] = [0, 1]
-    values["compute"] = {"device": "cpu", "workers": 1}
+    values["compute"] |= {"device": "cpu", "workers": 1}
     return values
 
 

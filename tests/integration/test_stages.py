@@ -127,7 +127,7 @@ def test_two_runs_and_any_number_of_workers_give_the_same_bytes(toy, tmp_path):
     config, workspace = toy
     again = Workspace(tmp_path / "again")
     again.root.mkdir()
-    values = config.model_dump() | {"compute": {"device": "cpu", "workers": 2}}
+    values = config.model_dump() | {"compute": config.compute.model_dump() | {"workers": 2}}
     (again.root / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     for name in ("prepare", "train", "segments", "curvature", "gradients", "scores"):
         parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
