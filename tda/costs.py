@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from tda.ekfac import MOST_STRIPS, SMALLEST_STRIP
 from tda.model import Layer, num_parameters, tracked_layers
 
 FLOAT = 4  # bytes of a float32
@@ -142,8 +143,14 @@ def frozen_pass(model: Decoder, load: Load) -> int:
 def covariance_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
     """A frozen pass, and both covariances of every tracked layer; with a `rank`, of projected inputs and outputs."""
     sides = [layer.d_in for layer in model.groups().values()] + [layer.d_out for layer in model.tracked]
-    products = sum(side * min(rank, side) + min(rank, side) ** 2 if rank else side**2 for side in sides)
+    products = sum(side * min(rank, side) + _lower_product(min(rank, side)) if rank else _lower_product(side) for side in sides)
     return frozen_pass(model, load) + 2 * load.tokens * products
+
+
+def _lower_product(side: int) -> int:
+    """Multiply-adds of a row's outer product with itself, as `ekfac.add_lower_products` does it."""
+    strip = side if side < SMALLEST_STRIP * 2 else max(SMALLEST_STRIP, -(-side // MOST_STRIPS))
+    return sum((side - start) * min(strip, side - start) for start in range(0, side, strip))
 
 
 def eigenvalue_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:

@@ -5,17 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import count_flops
 from tda import costs
 from tda.data import batch_plan, batches
-from tda.ekfac import EKFAC, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import EKFAC, add_lower_products, corrected_eigenvalues, covariances, eigenbasis
 from tda.factors import SegmentFactors, save_factors
 from tda.ggn import gauss_newton_product
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import tracked_layers
+from tda.model import Layer, tracked_layers
 from tda.projection import random_projections
 from tda.task import CausalLM
 from tests.helpers import random_documents, tiny_gpt2, tiny_llama
@@ -24,12 +23,6 @@ RANK = 3
 TOKENS = 24  # of a batch: the documents come in several
 MODELS = {"llama": tiny_llama, "untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
 PATTERNS = {"all": ".*", "above": r".*\.1\.mlp\..*", "outputs": r".*(o_proj|attn\.c_proj|down_proj)"}
-
-
-def counted(action) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products torch counts
-        action()
-    return counter.get_total_flops()
 
 
 @pytest.fixture(params=[(name, pattern) for name in MODELS for pattern in PATTERNS], ids="-".join)
@@ -66,7 +59,7 @@ def test_training(case):
         for batch in batches(documents, batch_tokens=TOKENS):
             document_losses(model, batch)[0].backward()
 
-    assert counted(steps) == costs.training_step(shapes, load)
+    assert count_flops(steps) == costs.training_step(shapes, load)
 
 
 def test_forward(case):
@@ -77,18 +70,18 @@ def test_forward(case):
         for batch in batches(documents, batch_tokens=TOKENS):
             document_losses(model, batch)
 
-    assert counted(passes) == costs.forward(shapes, load)
+    assert count_flops(passes) == costs.forward(shapes, load)
 
 
 def test_covariances_and_eigenvalues(case):
     model, layers, documents, shapes, load = case
 
     def sums():
-        batch = documents.batch(range(len(documents)))  # torch does not count the products that are added to a sum
-        return covariances(model, layers, [batch], task=CausalLM(), generator=torch.Generator().manual_seed(0))
+        return covariances(
+            model, layers, batches(documents, batch_tokens=TOKENS), task=CausalLM(), generator=torch.Generator().manual_seed(0)
+        )
 
-    together = costs.load_of([range(len(documents))], documents.lengths, documents.num_loss_tokens)
-    assert counted(sums) == costs.covariance_pass(shapes, together)
+    assert count_flops(sums) == costs.covariance_pass(shapes, load)
     basis = eigenbasis(sums(), layers)
 
     def corrected():
@@ -102,7 +95,7 @@ def test_covariances_and_eigenvalues(case):
             generator=torch.Generator().manual_seed(0),
         )
 
-    assert counted(corrected) == costs.eigenvalue_pass(shapes, load)
+    assert count_flops(corrected) == costs.eigenvalue_pass(shapes, load)
 
 
 def test_rows(case):
@@ -116,7 +109,7 @@ def test_rows(case):
         for batch in batches(documents, batch_tokens=TOKENS):
             gradient_rows(model, layers, batch, task=CausalLM(), projections=projections)
 
-    assert counted(rows) == costs.row_pass(shapes, load, rank=RANK)
+    assert count_flops(rows) == costs.row_pass(shapes, load, rank=RANK)
 
 
 def test_queries_and_dots(case):
@@ -125,14 +118,14 @@ def test_queries_and_dots(case):
     def queries():
         return query_gradients(model, layers, batches(documents, batch_tokens=TOKENS), task=CausalLM())[0]
 
-    assert counted(queries) == costs.query_pass(shapes, load)
+    assert count_flops(queries) == costs.query_pass(shapes, load)
     held = {name: G[:2] for name, G in queries().items()}
 
     def dots():
         for batch in batches(documents, batch_tokens=TOKENS):
             gradient_dots(model, layers, batch, task=CausalLM(), queries=held)
 
-    assert counted(dots) == costs.dot_pass(shapes, load, queries=2)
+    assert count_flops(dots) == costs.dot_pass(shapes, load, queries=2)
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -141,7 +134,7 @@ def test_gauss_newton_products(case, vectors):
     held = list(batches(documents, batch_tokens=TOKENS))
     product = gauss_newton_product(model, layers, held, task=CausalLM(), weight=1.0)
     v = torch.randn(vectors, shapes.gradient, dtype=torch.float64)
-    assert counted(lambda: product(v)) == costs.product_pass(shapes, load, vectors=vectors)
+    assert count_flops(lambda: product(v)) == costs.product_pass(shapes, load, vectors=vectors)
 
 
 def test_a_model_of_one_block_says_all_of_a_deeper_one():
@@ -171,6 +164,15 @@ def test_bytes_of_factors_are_those_of_the_file(case, tmp_path):
         save_factors(tmp_path / "factors", SegmentFactors(layers, plain, {}, held, {}, 1))
         header = int.from_bytes((tmp_path / "factors").read_bytes()[:8], "little") + 8
         assert (tmp_path / "factors").stat().st_size - header == costs.factor_bytes(shapes, adam=adam)
+
+
+@pytest.mark.parametrize("width", [7, 64, 300])
+def test_a_triangle_of_a_product_is_counted_as_it_is_made(width):
+    rows = torch.randn(5, width)
+    layer = Layer("wide", width, width, False, "wide")
+    shapes = costs.Decoder((layer,), (layer,), (), (1, 1), 0)
+    more = costs.covariance_pass(shapes, costs.Load(tokens=5)) - costs.frozen_pass(shapes, costs.Load(tokens=5))
+    assert more == 2 * count_flops(lambda: add_lower_products(torch.zeros(width, width), rows))  # inputs and outputs
 
 
 def test_a_row_has_as_many_values_as_its_projections(case):
