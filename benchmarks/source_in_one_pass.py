@@ -136,12 +136,13 @@ def _blocks(rows: torch.Tensor, layers, shapes) -> dict[str, torch.Tensor]:
 
 
 def check(attributed, batches_of_rows, layers, shapes, *, weight: float, num_documents: int) -> None:
-    """Eigenvalues from the store are near those of the rows in memory, and every score is a number."""
+    """Curvature from the store has the trace and top of that of the rows in memory, and every score is a number."""
     factors, values = attributed
     expected = row_curvature(lambda: [rows for rows, _losses in batches_of_rows], layers, shapes, weight=weight)
     for name, held in expected.items():
-        error = float((factors[name].Lambda - held.Lambda).norm() / held.Lambda.norm())
-        assert error < 0.02, f"{name}: eigenvalues differ by {error} of their norm"  # of 8 bits; the basis turns a little too
+        for got, wanted in ((factors[name].Lambda.sum(), held.Lambda.sum()), (factors[name].Lambda.max(), held.Lambda.max())):
+            error = float(abs(got / wanted - 1))
+            assert error < 0.02, f"{name}: sum or largest of the eigenvalues is off by {error} of it"  # of rows in 8 bits
     assert values.shape == (QUERIES, num_documents)
     assert np.isfinite(values).all()
 
