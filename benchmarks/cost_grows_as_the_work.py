@@ -29,7 +29,8 @@ from tda.factors import fit_factors
 from tda.gradients import gradient_rows
 from tda.model import build_model, tracked_layers
 from tda.projection import random_projections
-from tda.store import dot_scores, open_sealed, open_table
+from tda.row_products import dot_scores
+from tda.store import open_sealed, open_table
 from tda.stored_rows import Rows
 from tda.task import CausalLM
 from tda.text_table import text_table

@@ -381,10 +381,11 @@ def _checkpoint_seconds(config: Config, sample: Sample) -> tuple[float, float, i
 
 def _store_rates(folder: Path, *, dim: int, dtype: str) -> tuple[float, float]:
     """Bytes of rows a second: written and sealed; multiplied with a query."""
-    from tda.store import dot_scores, open_sealed, open_table
-    from tda.stored_rows import Rows
+    from tda.row_products import dot_scores
+    from tda.store import open_sealed, open_table
+    from tda.stored_rows import Rows, stored_bytes
 
-    num_rows = max(16, int(STORED_BYTES / (dim * costs.VALUE[dtype])))
+    num_rows = max(16, STORED_BYTES // stored_bytes(dim, dtype))
     ids = [f"document {number}" for number in range(num_rows)]
     vectors = np.random.default_rng(0).standard_normal((num_rows, dim), dtype=np.float32)
     ones = np.ones(num_rows, np.float32)
@@ -400,7 +401,7 @@ def _store_rates(folder: Path, *, dim: int, dtype: str) -> tuple[float, float]:
         sealed = open_sealed(store, manifest)
         dot_scores(sealed, ids[:8], vectors[:1])
         scan = _seconds(lambda: dot_scores(sealed, ids, vectors[:1]))
-    num_bytes = num_rows * dim * costs.VALUE[dtype]
+    num_bytes = num_rows * stored_bytes(dim, dtype)
     return num_bytes / seconds, num_bytes / scan
 
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from tda.ekfac import MOST_STRIPS, SMALLEST_STRIP
 from tda.model import Layer, num_parameters, tracked_layers
+from tda.stored_rows import stored_bytes
 
 FLOAT = 4  # bytes of a float32
 EIGH = 9  # operations per cube of the size: tridiagonal form, its eigenvectors, and back (Golub and Van Loan, section 8.3)
-VALUE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1 + 1 / 64}  # bytes; int8 with an exponent for every 64 values
 ROW_COLUMNS = 110  # bytes of a stored row beside its vector: id, content hash, source and six numbers
 
 
@@ -231,7 +231,7 @@ def row_values(model: Decoder, *, rank: int) -> int:
 
 def row_bytes(model: Decoder, *, rank: int, dtype: str) -> int:
     """A row of the gradient store with its columns."""
-    return round(row_values(model, rank=rank) * VALUE[dtype]) + ROW_COLUMNS
+    return stored_bytes(row_values(model, rank=rank), dtype) + ROW_COLUMNS
 
 
 def checkpoint_bytes(model: Decoder, *, copies: int) -> int:
@@ -239,16 +239,19 @@ def checkpoint_bytes(model: Decoder, *, copies: int) -> int:
     return copies * FLOAT * model.parameters
 
 
-def factor_bytes(model: Decoder, *, adam: str, rank: int = 0) -> int:
-    """EK-FAC of a segment: eigenvectors, those of inputs once per group; corrected eigenvalues; AdamW's P but for `none`."""
+def factor_bytes(model: Decoder, *, adam: str, rank: int = 0, fitted: bool = True) -> int:
+    """EK-FAC of a segment: eigenvectors, those of inputs once per group; corrected eigenvalues; AdamW's P but for `none`.
+
+    With a `rank`, in projected space, projections too; those and P alone if it is not `fitted`.
+    """
 
     def kept(side: int) -> int:
         return min(rank, side) if rank else side
 
     inputs = [layer.d_in for layer in model.groups().values()]
     outputs = [layer.d_out for layer in model.tracked]
-    values = sum(kept(side) ** 2 for side in inputs + outputs)
-    values += sum(kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked)
+    values = sum(kept(side) ** 2 for side in inputs + outputs) if fitted else 0
+    values += sum(kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked) if fitted else 0
     if rank:
         values += sum(side * kept(side) for side in inputs + outputs)
     if adam != "none":

@@ -146,7 +146,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
     """Every stage in the order of `dvc.yaml`, and `tda verify` last."""
     model = costs.tracking(sample.whole, config.curvature.layers)
     rank, dtype = config.gradients.rank, config.gradients.dtype
-    projected = rank if config.curvature.space == "projected" else 0
+    projected = rank if config.curvature.space != "full" else 0
     adam = config.curvature.adam if config.train.optimizer == "adamw" else "none"
     documents, num = corpus.documents, len(corpus.documents)
     weights = FLOAT * model.parameters
@@ -209,7 +209,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
     )
     add("segments", "torch", work={}, disk=24.0 * num)
 
-    factors = costs.factor_bytes(model, adam=adam, rank=projected)
+    factors = costs.factor_bytes(model, adam=adam, rank=projected, fitted=config.curvature.space != "rows")
     parts = _curvature(config, corpus, run, model, rate, read, projected, adam)
     add(
         "curvature",
@@ -303,10 +303,12 @@ def _curvature(
             "covariances": num_checkpoints * rate("covariances", costs.covariance_pass(model, load, rank=projected)),
             "eigenvalues": num_checkpoints * rate("eigenvalues", costs.eigenvalue_pass(model, load, rank=projected)),
         }
+        if config.curvature.space == "rows":  # from the stored rows, when documents are scored
+            passes = {}
         if adam == "symmetric":  # each document's gradient in full, twice
             passes["scaled"] = num_checkpoints * 2 * rate("eigenvalues", costs.eigenvalue_pass(model, load))
         alone = {
-            "eigenvectors": rate("eigh", costs.eigenbases(model, rank=projected)) * (2 if adam == "symmetric" else 1),
+            "eigenvectors": rate("eigh", costs.eigenbases(model, rank=projected)) * (2 if adam == "symmetric" else bool(passes)),
             "read": (num_checkpoints + 2) * read,
         }
         parts.append((alone, passes))
@@ -368,6 +370,13 @@ def _scores(
         "read": (2 * num_checkpoints + 2) * read,
         "words": machine.words * num,
     }
+    if config.curvature.space == "rows":
+        seen = sum(
+            number * min(len(rows), config.curvature.num_documents or len(rows))
+            for number, rows in zip(run.checkpoints, run.seen, strict=True)
+        )
+        work["curvature"] += 2 * seen / num * stored / machine.scanned + rate("algebra", 4 * seen * values * rank)
+        work["curvature"] += len(run.seen) * rate("eigh", costs.eigenbases(model, rank=rank))
     full = model.gradient * FLOAT
     searched = 4 * ROUNDS * groups * full  # directions and products with them, in lists and joined
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
