@@ -147,6 +147,18 @@ def commit() -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def run_facts() -> dict:
+    """What ran: versions of the packages and the commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "versions": {name: version(name) for name in ("torch", "lancedb", "pylance", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": commit,
+    }
+
+
 def facts(chosen: argparse.Namespace, documents: Documents) -> dict:
     """What was measured on what."""
     device = f"cpu, {torch.get_num_threads()} thread" if chosen.device == "cpu" else torch.cuda.get_device_name()

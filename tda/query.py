@@ -10,10 +10,11 @@ from tda.config import Config
 from tda.data import Documents, as_documents, load_documents
 from tda.ingest import Document
 from tda.prepare import document_table
-from tda.scoring import load_attribution, source_scores, store_dot
+from tda.scoring import load_attribution, rows_bytes, source_extremes, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
 
 EXCERPT = 240  # characters
+SKETCHED_BYTES = 2**30  # of rows; fewer are all scored, which takes no longer
 UNITS = {
     "loss": "rise of the text's mean loss per token (nats)",
     "margin": "fall of the text's mean margin log(p / (1 - p)) per token",
@@ -25,28 +26,33 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
     """The `top` most helpful and most harmful training documents for `text`: rank, score, id, source, excerpt.
 
     A score is the predicted rise of the text's mean loss per token (nats) had the document been left out, or the fall of another
-    measurement; of a text longer than the context, over all its parts.
+    measurement; of a text longer than the context, over all its parts. Scores are exact; in a large store the documents are found
+    by sketches of their rows (`scoring.source_extremes`), which may miss one in a hundred.
     A text that is empty, or has too few tokens to predict any, is refused with ValueError.
     """
     torch.set_num_threads(1)
     documents = load_documents(workspace.documents)
     query = _as_documents(text, config=config, workspace=workspace)
     attribution = load_attribution(config, workspace, documents)
-    dot = store_dot(workspace, attribution, documents.ids)
-    values = source_scores(config, workspace, attribution, query, dot)
-    order = np.argsort(-values, kind="stable")
+    if rows_bytes(attribution) >= SKETCHED_BYTES:
+        found = source_extremes(config, workspace, attribution, query, top=top)
+        helped, hurt = (found.highest, found.highest_values), (found.lowest, found.lowest_values)
+    else:
+        values = source_scores(config, workspace, attribution, query, store_dot(workspace, attribution, documents.ids))
+        order = np.argsort(-values, kind="stable")
+        helped, hurt = ((rows, values[rows]) for rows in (order[:top], order[::-1][:top]))
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"]
 
-    def told(rows: np.ndarray) -> list[dict]:
+    def told(rows: np.ndarray, values: np.ndarray) -> list[dict]:
         return [
             {
                 "rank": rank,
-                "score": float(values[row]),
+                "score": float(value),
                 "doc_id": documents.ids[row],
                 "source": documents.sources[row],
                 "excerpt": textwrap.shorten(texts[int(row)], EXCERPT, placeholder=" ..."),
             }
-            for rank, row in enumerate(rows.tolist(), start=1)
+            for rank, (row, value) in enumerate(zip(rows.tolist(), values.tolist(), strict=True), start=1)
         ]
 
     return {
@@ -54,8 +60,8 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
         "num_tokens": int(query.num_loss_tokens.sum()),
         "num_documents": len(documents),
         "unit": f"predicted {UNITS[config.scores.measurement]} had the document been left out of training",
-        "helped": told(order[:top]),
-        "hurt": told(order[::-1][:top]),
+        "helped": told(*helped),
+        "hurt": told(*hurt),
     }
 
 

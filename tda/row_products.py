@@ -73,6 +73,23 @@ def dot_scores(
     return scores
 
 
+def dot_scores_at(
+    table: GradientTable, places: np.ndarray, doc_ids: Sequence[str], queries: Float32[np.ndarray, "q dim"]
+) -> Float32[np.ndarray, "n q"]:
+    """Dot products with the rows of a few documents, whose places in the table are known.
+
+    Refused with ValueError: other documents are there.
+    """
+    order = np.argsort(places)
+    columns = torch.from_numpy(np.require(queries, requirements="W")).T
+    scores = np.empty((len(places), len(queries)), np.float32)
+    for start in range(0, len(order), table.block_rows):
+        rows = order[start : start + table.block_rows]
+        scales, stored = table.rows_at(places[rows], [doc_ids[row] for row in rows.tolist()])
+        scores[rows] = (unscaled(stored, torch.empty(len(rows), table.dim)) @ columns).numpy() * scales[:, None]
+    return scores
+
+
 Read = Callable[[np.ndarray, Tensor], None]
 Keep = Callable[[Block, Tensor], None]
 

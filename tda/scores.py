@@ -46,10 +46,15 @@ def source_values(
     values: np.ndarray | float = 0.0
     for segment_dynamics, response in walk_back(query, dynamics):
         segment = segments[segment_dynamics.index]
-        received = exposure[:, segment.index, None] / (len(segment.checkpoints) * segment.tokens_per_document)
+        received = received_per_checkpoint(segment, exposure)[:, None]
         for checkpoint in segment.checkpoints:
             values = values + received * dot(segment, checkpoint, response)
     return np.asarray(values).T
+
+
+def received_per_checkpoint(segment: Segment, exposure: np.ndarray) -> np.ndarray:
+    """By what each document's dot product at a checkpoint of the segment is multiplied; `exposure` is (document, segment)."""
+    return exposure[:, segment.index] / (len(segment.checkpoints) * segment.tokens_per_document)
 
 
 def rotated_query(query: Gradients, layers: Sequence[Layer], projections: dict[str, Projection]) -> Gradients:

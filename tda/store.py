@@ -75,6 +75,11 @@ class GradientTable:
         """Rows of a block of `BLOCK_BYTES`."""
         return max(1, BLOCK_BYTES // self.row_bytes)
 
+    @property
+    def version(self) -> int:
+        """Lance's number of what this object reads; the rows' places belong to it."""
+        return self._dataset.version
+
     def __len__(self) -> int:
         return self._dataset.count_rows()
 
@@ -266,6 +271,13 @@ class GradientTable:
         positions = found.drop_null().to_numpy()
         self._check_found(doc_ids, positions)
         return places, positions
+
+    def rows_at(self, places: np.ndarray, doc_ids: Sequence[str]) -> tuple[np.ndarray, Tensor]:
+        """Scales and stored vectors of the rows at ascending `places`, which must be those of `doc_ids` (ValueError)."""
+        block = self._dataset.take(places, columns=["doc_id", "scale", "vector"])
+        if block["doc_id"].to_pylist() != list(doc_ids):
+            raise ValueError(f"{self.name}: other documents lie at these places than expected; run `tda verify`")
+        return number(block, "scale"), stored_vectors(block)
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, of all rows in the order of the table."""
@@ -473,6 +485,21 @@ def table_path(store: Path, name: str) -> Path:
     return store / f"{name}.lance"
 
 
+def sketch_path(store: Path, name: str, tag: str) -> Path:
+    """Where the sketch of a tag of table `name` is kept (`sketch.py`)."""
+    return store / f"{name}.{tag}.sketch"
+
+
+def _sketches(store: Path, name: str, *, keep_tags: Iterable[str] = ()) -> list[Path]:
+    kept = {sketch_path(store, name, tag) for tag in keep_tags}
+    return [path for path in store.glob(f"{name}.*.sketch") if path not in kept]
+
+
+def _remove_files(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink()
+
+
 def table_names(store: Path) -> list[str]:
     """Names of the gradient tables in `store`."""
     return sorted(path.stem for path in store.glob("gradients_*_*.lance"))
@@ -495,8 +522,10 @@ def is_unfinished(store: Path, name: str) -> bool:
 
 def drop_table(store: Path, name: str, *, dry_run: bool) -> int:
     """Bytes freed by removing table `name`."""
-    num_bytes = _folder_bytes(table_path(store, name))
+    sketches = _sketches(store, name)
+    num_bytes = _folder_bytes(table_path(store, name)) + _bytes(sketches)
     if not dry_run:
+        _remove_files(sketches)
         shutil.rmtree(table_path(store, name))
     return num_bytes
 
@@ -512,14 +541,17 @@ def prune(store: Path, name: str, *, keep_tags: set[str], dry_run: bool) -> tupl
     dataset = lance.dataset(path)
     tags = set(dataset.tags.list())
     stale = sorted(tags - keep_tags)
+    sketches = _sketches(store, name, keep_tags=keep_tags)
+    of_sketches = _bytes(sketches)
     if dry_run:
         used = _data_files(dataset).union(*(_data_files(lance.dataset(path, version=tag)) for tag in keep_tags & tags))
-        return stale, sum(file.stat().st_size for file in path.glob("data/*") if file.name not in used)
+        return stale, of_sketches + _bytes(file for file in path.glob("data/*") if file.name not in used)
     before = _folder_bytes(path)
     for tag in stale:
         dataset.tags.delete(tag)
     _clean(dataset)
-    return stale, before - _folder_bytes(path)
+    _remove_files(sketches)
+    return stale, of_sketches + before - _folder_bytes(path)
 
 
 def _data_files(dataset: Any) -> set[str]:
@@ -527,4 +559,8 @@ def _data_files(dataset: Any) -> set[str]:
 
 
 def _folder_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return _bytes(file for file in path.rglob("*") if file.is_file())
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
