@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import build_model, load_model
+from tda.model import build_model, load_model, num_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
 from tda.target_influence import NUM_GROUPS, SOLVER_BATCH_TOKENS
@@ -44,6 +45,8 @@ PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries"
 SECONDS = 0.4  # of one kind of pass
 PROBE = 1e9  # operations of the matrix product that says how large a part of the model can be run
 LEAST_TOKENS = 256  # of a batch: fewer do not keep a processor busy
+TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments
+CUT_VOCABULARY = 4096  # tokens that a sample of a large model knows
 STORED_BYTES = 16 * 2**20  # of rows that are written to a store, sealed and read
 WRITTEN_BYTES = 64 * 2**20  # of a file that the disk is tried with
 IMPORTS = (  # what stages load, by kind; in a chain the later ones load all that comes before
@@ -98,51 +101,55 @@ class Sample:
     whole: Decoder  # the model that is planned for
     kept: dict[str, float]  # bytes per token that are kept for the backward pass: `training`, `frozen`
     batch_tokens: int
+    documents: Documents  # the corpus, in tokens that the sample knows
 
 
 def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[nn.Module, Decoder]:
     """The model of `train.model` with random weights and no more than some blocks (0: all); and the shapes of all of it.
 
-    A folder or hub id is asked for its configuration alone.
-
-    Raises:
-        FileNotFoundError: there is no configuration.
+    Of a model that is large for this machine's memory the vocabulary is cut too. A folder or hub id is asked for its
+    configuration alone; where there is none, FileNotFoundError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if config.train.model == "llama":
         shape = config.train.architecture
+        number, size = shape.num_layers, vocabulary
 
-        def made(number: int) -> nn.Module:
-            return build_model(
-                shape.model_copy(update={"num_layers": number}), vocabulary=vocabulary, context=config.prepare.context, seed=0
-            )
+        def made(number: int, size: int) -> nn.Module:
+            some = shape.model_copy(update={"num_layers": number})
+            return build_model(some, vocabulary=size, context=config.prepare.context, seed=0)
 
-        number = shape.num_layers
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in made(number).parameters())
     else:
-        try:
-            about = AutoConfig.from_pretrained(config.train.model)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"train.model: no configuration in {config.train.model}: {str(error).splitlines()[0]}; expected llama, or a "
-                "folder or hub id with the config.json of a causal language model"
-            ) from error
-        number = about.get_text_config().num_hidden_layers
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(about).parameters())
+        from transformers import AutoModelForCausalLM
 
-        def made(number: int) -> nn.Module:
-            about.get_text_config().num_hidden_layers = number
+        about = _configuration(config.train.model)
+        number, size = about.get_text_config().num_hidden_layers, about.get_text_config().vocab_size
+
+        def made(number: int, size: int) -> nn.Module:
+            about.get_text_config().num_hidden_layers, about.get_text_config().vocab_size = number, size
             return AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval()
 
-    model = made(min(blocks or number, number))
+    with torch.device("meta"):
+        parameters = num_parameters(made(number, size))
+    cut = min(size, CUT_VOCABULARY) if parameters * TRAINING_BYTES > free_memory() / 4 else size
+    model = made(min(blocks or number, number), cut)
     shapes = costs.shapes_of(model)
     if blocks and blocks < number:
-        one = shapes if blocks == 1 else costs.shapes_of(made(1))
-        return model, costs.with_blocks(one, number, parameters=parameters)
-    return model, shapes
+        one = shapes if blocks == 1 else costs.shapes_of(made(1, cut))
+        shapes = costs.with_blocks(one, number, parameters=parameters)
+    return model, costs.with_vocabulary(shapes, size, parameters=parameters)
+
+
+def _configuration(name: str) -> Any:
+    """The configuration of the model in a folder or under a hub id."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"train.model: no configuration in {name}: {str(error).splitlines()[0]}; expected llama, or a folder or hub id with "
+            "the config.json of a causal language model"
+        ) from error
 
 
 def matrix_rate(shapes: Decoder) -> float:
@@ -173,20 +180,22 @@ def sample_of(config: Config, documents: Documents, *, vocabulary: int) -> Sampl
     blocks = int(min(all_blocks, max(1, affordable / each)))
     model, whole = sample_model(config, vocabulary=vocabulary, blocks=blocks)
     shapes = costs.shapes_of(model)
+    documents = replace(documents, tokens=[row % shapes.head[1] for row in documents.tokens])
     batch = documents.batch(batch_plan(documents.lengths, batch_tokens=LEAST_TOKENS)[0])
     scale = (whole.body + whole.head[0]) / (shapes.body + shapes.head[0])
     kept = {name: scale * value / batch.tokens.numel() for name, value in _kept_bytes(model, shapes, batch).items()}
-    return Sample(model, shapes, whole, kept, min(tokens, config.gradients.batch_tokens))
+    return Sample(model, shapes, whole, kept, min(tokens, config.gradients.batch_tokens), documents)
 
 
 def _kept_bytes(model: nn.Module, shapes: Decoder, batch: Batch) -> dict[str, int]:
     """Bytes that a backward pass keeps of a forward pass, parameters not counted: when training, and with frozen weights."""
     held: dict[int, int] = {}
+    head = model.get_output_embeddings().weight
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and tensor.shape != head.shape:  # the head's gradient is one of the weights'
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -204,11 +213,10 @@ def _kept_bytes(model: nn.Module, shapes: Decoder, batch: Batch) -> dict[str, in
     return {"training": training, "frozen": sum(held.values()) + sum(inputs)}
 
 
-def calibrate(
-    config: Config, sample: Sample, corpus_steps: Sequence[Step], documents: Documents, *, workers: int, folder: Path
-) -> Machine:
-    """The machine at hand, measured with the model's own passes on some of `documents`; `folder` is on the disk of the run."""
-    rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, corpus_steps, documents, workers=workers)
+def calibrate(config: Config, sample: Sample, steps: Sequence[Step], *, workers: int, folder: Path) -> Machine:
+    """The machine at hand, measured with the model's own passes on some of the corpus; `folder` is on the disk of the run."""
+    documents = sample.documents
+    rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
     rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
     load, save, load_bytes = _checkpoint_seconds(config, sample)
     texts = [" ".join(map(str, row.tolist())) for row in documents.tokens[:512]]

@@ -287,6 +287,15 @@ def with_blocks(model: Decoder, number: int, *, parameters: int) -> Decoder:
     return Decoder((*blocks, *after), (*blocks, *after), attention, model.head, parameters)
 
 
+def with_vocabulary(model: Decoder, size: int, *, parameters: int) -> Decoder:
+    """The model with as many tokens."""
+    head = (model.head[0], size)
+    if not model.head_is_matrix:
+        return replace(model, head=head, parameters=parameters)
+    matrices = (*model.matrices[:-1], replace(model.matrices[-1], d_out=size))
+    return Decoder(matrices, matrices, model.attention, head, parameters)
+
+
 def _renumbered(layer: Layer, block: int) -> Layer:
     def named(name: str) -> str:
         return _NUMBER.sub(f".{block}.", name, count=1)

@@ -95,7 +95,7 @@ def make_plan(
     corpus = expected_corpus(config.prepare, workspace, model=config.train.model)
     run = expected_run(config, corpus.documents)
     sample = sample_of(config, corpus.documents, vocabulary=corpus.vocabulary)
-    machine = calibrate(config, sample, run.steps, corpus.documents, workers=workers, folder=workspace.root)
+    machine = calibrate(config, sample, run.steps, workers=workers, folder=workspace.root)
     machine = given(machine, flops=flops, disk=disk, memory=memory)
     stages = estimates(config, corpus, run, sample, machine)
     whole = sample.whole

@@ -278,6 +278,28 @@ def test_a_model_of_a_folder_is_planned_by_its_configuration(done, tmp_path):
     assert torch.is_tensor(next(model.parameters())) and not next(model.parameters()).is_meta
 
 
+def test_a_large_model_is_sampled_with_fewer_tokens(done, monkeypatch):
+    config, _workspace, _before, corpus = done
+    _model, whole = sample_model(config, vocabulary=corpus.vocabulary)
+    monkeypatch.setattr("tda.calibration.free_memory", lambda: 1)
+    monkeypatch.setattr("tda.calibration.CUT_VOCABULARY", 50)
+    sample = sample_of(config, corpus.documents, vocabulary=corpus.vocabulary)
+    assert sample.whole == whole
+    assert sample.shapes.head == (whole.head[0], 50)
+    assert max(int(row.max()) for row in sample.documents.tokens) < 50
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_vocabulary_is_that_of_a_model_made_with_it(tie):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def made(size: int):
+        shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 2}
+        return costs.shapes_of(LlamaForCausalLM(LlamaConfig(**shape, vocab_size=size, tie_word_embeddings=tie)).eval())
+
+    assert costs.with_vocabulary(made(11), 40, parameters=made(40).parameters) == made(40)
+
+
 def test_a_plan_is_a_table_of_aligned_columns(done):
     config, workspace, *_rest = done
     text = render(make_plan(config, workspace))
