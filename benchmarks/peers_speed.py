@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     measured, left_out, answers = {}, {}, {}
     folder = Path(tempfile.mkdtemp(prefix="peers-speed-"))
     try:
-        layers = _hand_over(folder, model, chosen, context=context)
+        layers = hand_over(folder, model, chosen, context=context)
         expected = Expected(model, layers, torch.from_numpy(np.load(folder / "tokens.npy"))[:CHECKED_ROWS])
         for source in sources:
             try:
@@ -123,7 +123,7 @@ def _model(name: str) -> tuple[nn.Module, int]:
     return model, min(256, model.config.max_position_embeddings)
 
 
-def _hand_over(folder: Path, model: nn.Module, chosen: argparse.Namespace, *, context: int) -> list[Layer]:
+def hand_over(folder: Path, model: nn.Module, chosen: argparse.Namespace, *, context: int) -> list[Layer]:
     """Write what a driver reads (`peer_drivers/speed_handover.py`); the layers of the model's body."""
     layers = [layer for layer in tracked_layers(model) if linear_modules(model)[layer.name] is not model.get_output_embeddings()]
     model.save_pretrained(folder / "model")

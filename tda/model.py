@@ -96,7 +96,10 @@ def _is_a_matrix(module: nn.Module) -> bool:
 def run_few_tokens(model: nn.Module) -> None:
     """Run a causal language model on a few tokens."""
     device = next(model.parameters()).device
-    model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
+    # Without values no mask can be made; any will do.
+    mask = {"attention_mask": torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device=device)} if tokens.is_meta else {}
+    model(input_ids=tokens, use_cache=False, **mask)
 
 
 def tracked_layers(
@@ -172,6 +175,8 @@ def _probe_head(model: nn.Module) -> bool:
     trunk = getattr(model, "base_model", model)
     if not isinstance(head, nn.Linear) or head.bias is not None or trunk is model:
         return False
+    if head.weight.is_meta:  # without values, as where costs are counted, the usual head is assumed
+        return True
     tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
     was_training = model.training
     model.eval()

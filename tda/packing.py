@@ -170,7 +170,8 @@ class _Gather(torch.autograd.Function):
     @no_type_check
     def backward(ctx, g):
         (slots,) = ctx.saved_tensors
-        return g.new_zeros(ctx.num_slots, *g.shape[1:]).index_copy(0, slots, g), None
+        rows = g.flatten(1)  # in the shape of `_Spread` a compiler would keep its zeros from the forward pass for these
+        return rows.new_zeros(ctx.num_slots, rows.shape[1]).index_copy(0, slots, rows).view(-1, *g.shape[1:]), None
 
 
 @no_type_check  # is compiled, and so are the functions above

@@ -53,8 +53,8 @@ class _RowLayer(nn.Module):
     def __init__(self, module: nn.Module, layer: Layer, projection: Projection):
         super().__init__()
         self.module, self.biased = module, layer.bias
-        self.register_buffer("P_i", projection.P_i.to(module.weight.dtype), persistent=False)
-        self.register_buffer("P_o", projection.P_o.to(module.weight.dtype), persistent=False)
+        self.register_buffer("P_i", projection.P_i, persistent=False)
+        self.register_buffer("P_o", projection.P_o, persistent=False)
         self.R = self.slots = self.grid = None
 
     @property
@@ -103,7 +103,15 @@ def row_layers(
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
     plain_head(model)  # what it has to run, it runs before layers are exchanged
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    exchanged = {layer.name: _RowLayer(model.get_submodule(layer.name), layer, projections[layer.name]) for layer in layers}
+    inputs = {layer.name: projections[layer.name].P_i.to(model.dtype) for layer in layers if layer.group == layer.name}
+    exchanged = {  # one tensor for all that share an input: in a compiled layer their products with it are then one
+        layer.name: _RowLayer(
+            model.get_submodule(layer.name),
+            layer,
+            Projection(inputs[layer.group], projections[layer.name].P_o.to(model.dtype)),
+        )
+        for layer in layers
+    }
     compiled = decoder_layers(model) if backend else []
 
     def rows_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:

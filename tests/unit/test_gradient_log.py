@@ -118,6 +118,24 @@ def test_a_batch_is_one_copy_there_and_one_back_and_nothing_waits(made):
     assert copied == expected
 
 
+def test_documents_are_packed_where_they_would_have_much_padding(made, monkeypatch):
+    taken = []
+    gradient_rows = tda.gradient_log.gradient_rows
+
+    def noted(model, layers, batch, **kwargs):
+        taken.append((batch.rows, type(batch).__name__))
+        return gradient_rows(model, layers, batch, **kwargs)
+
+    monkeypatch.setattr(tda.gradient_log, "gradient_rows", noted)
+    model, layers, projections, documents = made
+    order = sorted(range(len(documents)), key=lambda row: len(documents.tokens[row]))
+    with row_engine(settings(compile="never"), model, layers, projections, device=CPU) as engine:
+        uneven, _ = engine.rows(documents, [order[0], order[-1]])
+        even, _ = engine.rows(documents, order[-1:])
+    assert taken == [([order[0], order[-1]], "PackedBatch"), (order[-1:], "Batch")]
+    torch.testing.assert_close(uneven[1], even[0], rtol=1e-4, atol=1e-3)
+
+
 def test_the_padded_engine_would_wait(made):
     model, layers, projections, documents = made
     with row_engine(settings(compile="never"), model, layers, projections, device=CPU) as engine, Waits() as waits:
