@@ -1,9 +1,9 @@
 """Claim: 256 queries are scored as fast as the disk or the matrix products allow, and 5 million pairs a second from memory.
 
-Rows have 4,096 values. From memory: (row, query) pairs a second of `dot_scores` on one thread and on one per core, beside the same
-matrix products alone, of blocks that are in the cache already. From the disk: bytes a second of `dot_scores` beside the plain
-reading of the same files, one read after the other and four at once, each after the system was told to forget these files (this
-instead of a store larger than memory; the host of a virtual machine may still remember them). The slower of disk and matrix
+Rows have 4,096 values. From memory: (row, query) pairs a second of `dot_scores` on one thread and on one per core, beside the
+same matrix products alone, of blocks that are in the cache already. From the disk: bytes a second of `dot_scores` beside the
+plain reading of the same files, one read after the other and four at once, each after the system was told to forget these files
+(this instead of a store larger than memory; the host of a virtual machine may still remember them). The slower of disk and matrix
 products is the ceiling. "lance" is the same with rows read by Lance. In "bfloat16" arithmetic values, queries and results are
 rounded to 8 bits. Answers are checked first.
 

@@ -366,6 +366,23 @@ def test_query_answers_from_the_store(done):
         answer("  ", config=config, workspace=workspace)
 
 
+def test_query_answers_the_same_through_sketches(done, monkeypatch):
+    """In a large store: all parts of a long text at once, rows found by sketches over all checkpoints, and scored exactly."""
+    from tda import query
+
+    config, workspace = done
+    text = "The boat meets the tide. " * 40
+    exact = query.answer(text, config=config, workspace=workspace, top=5)
+    monkeypatch.setattr(query, "SKETCHED_BYTES", 0)
+    found = query.answer(text, config=config, workspace=workspace, top=5)
+    for side in ("helped", "hurt"):
+        assert [told["doc_id"] for told in found[side]] == [told["doc_id"] for told in exact[side]]
+        scores = [[told["score"] for told in answered[side]] for answered in (found, exact)]
+        np.testing.assert_allclose(*scores, rtol=1e-4)
+    sketches = list(workspace.store.glob("*.sketch"))
+    assert len(sketches) == sum(len(segment.checkpoints) for segment in load_segments(workspace))
+
+
 def test_scores_are_those_of_a_query_that_is_a_target(done):
     """`query` on a target's own text gives that target's column of the stored scores."""
     from tda.query import answer
