@@ -5,6 +5,7 @@ long: a few of its blocks, a few documents. Seconds are the process's own, so th
 much longer the clock took is measured beside them.
 """
 
+import copy
 import json
 import os
 import resource
@@ -125,8 +126,9 @@ def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[n
         number, size = about.get_text_config().num_hidden_layers, about.get_text_config().vocab_size
 
         def made(number: int, size: int) -> nn.Module:
-            about.get_text_config().num_hidden_layers, about.get_text_config().vocab_size = number, size
-            return AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval()
+            own = copy.deepcopy(about)  # a model keeps the configuration that it was made by
+            own.get_text_config().num_hidden_layers, own.get_text_config().vocab_size = number, size
+            return AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
 
     with torch.device("meta"):
         parameters = num_parameters(made(number, size))

@@ -271,7 +271,8 @@ def test_a_model_of_a_folder_is_planned_by_its_configuration(done, tmp_path):
     config, _workspace, _before, corpus = done
     GPT2Config(vocab_size=corpus.vocabulary, n_positions=64, n_embd=16, n_layer=3, n_head=2).save_pretrained(tmp_path)
     named = config.model_copy(update={"train": config.train.model_copy(update={"model": str(tmp_path)})})
-    _one, whole = sample_model(named, vocabulary=corpus.vocabulary, blocks=1)
+    some, whole = sample_model(named, vocabulary=corpus.vocabulary, blocks=2)
+    assert (len(costs.shapes_of(some).attention), some.config.num_hidden_layers) == (2, 2)
     model, all_of_it = sample_model(named, vocabulary=corpus.vocabulary)
     assert whole == all_of_it
     assert whole.parameters == sum(parameter.numel() for parameter in model.parameters())
