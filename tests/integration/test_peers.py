@@ -71,7 +71,8 @@ def documents(num: int, seed: int) -> Documents:
     return Documents(names, names, names, names, list(tokens), np.ones(num, np.int64))
 
 
-def test_plain_source_equals_bergsons(tmp_path):
+@pytest.mark.parametrize(("method", "bergsons"), [("source", "source"), ("ekfac_influence", "ekfac")])
+def test_plain_source_and_ekfac_influence_equal_bergsons(tmp_path, method, bergsons):
     needed("bergson")
     tiny_llama().float().save_pretrained(tmp_path / "model")
     recipe = banks.recipe(
@@ -84,10 +85,10 @@ def test_plain_source_equals_bergsons(tmp_path):
     run = doubled(train_run(train, recipe, rows=np.arange(len(train)), seed=(1, 0, 0), num_checkpoints=6))
 
     hand_over(tmp_path / "handed", run, recipe, train, queries, seed=0, labels="true")
-    theirs = drive("bergson", "source", tmp_path / "handed").values
-    ours = attribute("source", run, FixedLabels(recipe.task), train, queries).values
+    theirs = drive("bergson", bergsons, tmp_path / "handed").values
+    ours = attribute(method, run, FixedLabels(recipe.task), train, queries).values
 
-    # Up to scale: their score leaves out the 1/N. Their sign is turned in the driver.
+    # Up to scale: their score leaves out the 1/N. The sign of their SOURCE is turned in the driver. Measured of EK-FAC: 1e-7.
     scale = (ours * theirs).sum() / (theirs * theirs).sum()
     assert scale == pytest.approx(1 / len(train), rel=1e-3)
     np.testing.assert_allclose(ours, scale * theirs, rtol=0.0, atol=1e-5 * np.abs(ours).max())
