@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import xxhash
-from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
 from tda.ingest import Document, content_hash
@@ -43,6 +42,8 @@ def without_near_copies(documents: Iterable[Document], *, threshold: float, of: 
     (with these settings it misses few pairs above the threshold), and each is verified on the shingles themselves.
     A threshold of 0 turns this off.
     """
+    from datasketch import MinHash, MinHashLSH  # takes half a second, which a question to the store need not spend
+
     ordered = sorted(documents, key=lambda document: document.id)
     if threshold == 0:
         return ordered
