@@ -32,10 +32,10 @@ from tda.text_table import text_table
 
 WITHIN = 0.25
 SMALL = {  # of what the shipped params.yaml has: a run of a few minutes
-    "prepare.num_targets": 100,
+    "prepare.num_targets": 60,
     "prepare.num_heldout": 100,
-    "prepare.max_documents": 1000,
-    "curvature.num_documents": 512,
+    "prepare.max_documents": 600,
+    "curvature.num_documents": 256,
     "train.checkpoints": [0, 1, 2],
     "retraining.seeds": [0, 1],
 }

@@ -15,6 +15,8 @@ from tda.packing import PackedBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
 
+QUERY_VALUES = 1 << 27  # gradient values of queries that are in memory at once
+
 
 def gradient_rows(
     model: nn.Module,

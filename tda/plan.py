@@ -16,9 +16,9 @@ from tda.data import Documents, batch_plan
 from tda.expected_corpus import Corpus, expected_corpus
 from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import queries_at_once
+from tda.gradients import QUERY_VALUES
 from tda.parallel import device_of, num_workers
 from tda.retrain import ARMS
-from tda.scoring import QUERY_VALUES
 from tda.segments import segment_ends
 from tda.store import BLOCK_BYTES, CHUNK_BYTES
 from tda.target_influence import NUM_GROUPS, ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS
@@ -382,7 +382,7 @@ def _scores(
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
     tangents = vectors * solver_tokens * widest * FLOAT
     tables = 4 * num * num_queries * (8 + FLOAT / 4)
-    return work, (QUERY_COPIES * at_once + num_queries) * full + searched + tangents + tables
+    return work, (QUERY_COPIES + 1) * at_once * full + searched + tangents + tables
 
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:

@@ -17,7 +17,7 @@ from tda.dynamics import curvature_rows, load_dynamics, load_exposure, load_segm
 from tda.ekfac import EKFAC
 from tda.factors import SegmentFactors, load_factors
 from tda.gradient_log import row_identity, segment_projections
-from tda.gradients import project_queries, query_gradients
+from tda.gradients import QUERY_VALUES, project_queries, query_gradients
 from tda.influence import precondition
 from tda.nearest import Extremes, extremes
 from tda.parallel import device_of
@@ -32,8 +32,6 @@ from tda.store import open_sealed
 from tda.stored_rows import stored_bytes
 from tda.target_influence import target_influence
 from tda.task import CausalLM
-
-QUERY_VALUES = 1 << 27  # gradient values of the queries that are in memory at once
 
 RowDot = Callable[[int, Tensor], np.ndarray]
 """`dot(checkpoint, queries)`: (document, query) dot products with the stored rows of a checkpoint."""

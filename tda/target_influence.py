@@ -13,6 +13,7 @@ from tda.averaged_influence import at_counterfactual_end, averaged_response, row
 from tda.config import Config
 from tda.data import Documents
 from tda.fitted import Fitted, Settings
+from tda.gradients import QUERY_VALUES
 from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
@@ -39,15 +40,30 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
     )
     run = load_run(workspace, needs_moments=config.curvature.adam != "none")
     place = at_counterfactual_end(Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings))
-    groups = grouped(place.query_gradients, queries.num_loss_tokens / queries.num_loss_tokens.sum())
+    groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())
     response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
     return rows_under(place, response)[0]
 
 
-def grouped(query: Gradients, weights: np.ndarray) -> Gradients:
-    """Sums of weighted query gradients over at most `NUM_GROUPS` groups, every so many queries to a group."""
+def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
+    """`grouped` of the queries' gradients, no more than `QUERY_VALUES` numbers of which are in memory at once."""
+    size = max(1, QUERY_VALUES // sum(layer.d_in * layer.d_out for layer in place.layers))
+    groups: Gradients = {}
+    for start in range(0, len(weights), size):
+        rows = np.arange(start, min(start + size, len(weights)))
+        block = Fitted(place.run, place.task, place.train, place.queries.select(rows), place.settings)
+        for name, part in grouped(block.query_gradients, weights, rows).items():
+            groups[name] = groups[name] + part if name in groups else part
+    return groups
+
+
+def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray | None = None) -> Gradients:
+    """Sums of weighted query gradients over at most `NUM_GROUPS` groups, every so many queries to a group.
+
+    `weights` are those of all queries, `query` the gradients of those in `rows` (default: of all).
+    """
     num_groups = min(NUM_GROUPS, len(weights))
-    shares = torch.zeros(num_groups, len(weights))
-    places = torch.arange(len(weights))
-    shares[places % num_groups, places] = torch.from_numpy(weights).float()
+    places = torch.arange(len(weights)) if rows is None else torch.from_numpy(rows)
+    shares = torch.zeros(num_groups, len(places))
+    shares[places % num_groups, torch.arange(len(places))] = torch.from_numpy(weights)[places].float()
     return {name: torch.einsum("gq,qoi->goi", shares.to(G.dtype), G) for name, G in query.items()}

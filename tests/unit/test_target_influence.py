@@ -42,6 +42,15 @@ def test_one_target_gets_the_scores_of_the_public_function(tmp_path):
     assert np.array_equal(scores, target_influence(config, workspace, documents, queries))
 
 
+def test_scores_are_the_same_however_few_targets_are_in_memory_at_once(tmp_path, monkeypatch):
+    config, workspace = trained(tmp_path)
+    documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
+    expected = target_influence(config, workspace, documents, queries)
+    monkeypatch.setattr("tda.target_influence.QUERY_VALUES", 1)
+    scores = target_influence(config, workspace, documents, queries)
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
 def test_missing_optimizer_state_is_refused_unless_the_run_is_taken_for_sgd(tmp_path):
     _config, workspace = trained(tmp_path)
     (workspace.checkpoint(3) / "optimizer.safetensors").unlink()
@@ -58,3 +67,5 @@ def test_groups_add_up_to_the_weighted_sum():
     expected = torch.einsum("q,qoi->oi", torch.from_numpy(weights).float().double(), G["layer"])
     torch.testing.assert_close(groups["layer"].sum(dim=0), expected)
     assert grouped({"layer": G["layer"][:5]}, weights[:5])["layer"].shape == (5, 2, 3)
+    parts = [grouped({"layer": G["layer"][rows]}, weights, rows)["layer"] for rows in np.array_split(np.arange(30), 4)]
+    torch.testing.assert_close(sum(parts), groups["layer"])
