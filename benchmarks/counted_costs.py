@@ -13,6 +13,7 @@ narrow model. Prints tables, then one JSON line.
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -291,6 +292,7 @@ def compiled_layer(case: Case) -> dict[str, float]:
 
 def kernels(case: Case) -> dict[str, float]:
     """Kernels that run per decoder layer and batch, eager and compiled by inductor for the CPU, and graph breaks."""
+    import torch._inductor
     from torch._dynamo.utils import counters
     from torch.profiler import ProfilerActivity, profile
 
@@ -301,33 +303,33 @@ def kernels(case: Case) -> dict[str, float]:
     for name, backend in (("eager", None), ("compiled", "inductor")):
         torch._dynamo.reset()
         counters.clear()
-        per_depth = {}
-        with row_layers(case.model, layers, task=CausalLM(), projections=projections, backend=backend) as rows_of:
+        named = torch._inductor.config.patch({"cpp.enable_kernel_profile": True})
+        with named, row_layers(case.model, layers, task=CausalLM(), projections=projections, backend=backend) as rows_of:
             for batch in batches:
                 rows[name], _ = rows_of(batch)
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 rows_of(batches[0])
-        per_depth = _launches(profiler.events())
-        found[name] = per_depth / len(decoder_layers(case.model))
+        found[name] = _launches(profiler.events()) / len(decoder_layers(case.model))
     assert (rows["compiled"] - rows["eager"]).norm() < 1e-4 * rows["eager"].norm(), "compiled layers give other rows"
     return found | {"graph_breaks": sum(counters["graph_break"].values()), "graphs": counters["stats"]["unique_graphs"]}
 
 
-VIEWS = (
-    "view|reshape|transpose|expand|slice|select|as_strided|unsqueeze|squeeze|detach|alias|permute|::t$|::mT$|empty|resolve|lift"
+NO_WORK = (
+    r"view|reshape|transpose|expand|slice|select$|strided|squeeze|detach|alias|permute|::t(o)?$|empty|resolve|lift|type|flatten"
 )
+ONE_KERNEL = r"cpp_fused|::(add|b)?mm$|scaled_dot_product"
 
 
 def _launches(events: Sequence[Any]) -> int:
-    """Operators without others inside that do work: on a GPU each is a kernel. Of a compiled graph, its fused kernels too."""
-    import re
+    """Operators that do work and have none inside that do: on a GPU each is a kernel, and so are fused kernels."""
 
-    leaves = [
-        event
-        for event in events
-        if not event.cpu_children and (event.name.startswith("aten::") or event.name.startswith(("cpp_fused", "graph_0_cpp")))
-    ]
-    return sum(not re.search(VIEWS, event.name) for event in leaves)
+    def count(event: Any) -> int:
+        if re.search(ONE_KERNEL, event.name):
+            return 1
+        inside = sum(map(count, event.cpu_children))
+        return inside or int(event.name.startswith("aten::") and not re.search(NO_WORK, event.name))
+
+    return sum(count(event) for event in events if event.cpu_parent is None)
 
 
 def counted_peers(shape: str, *, narrow: int, peers: Sequence[str]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
