@@ -45,6 +45,7 @@ from tda.usage import measured
 PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries", "dots", "product")
 SECONDS = 0.4  # of one kind of pass
 PROBE = 1e9  # operations of the matrix product that says how large a part of the model can be run
+MOST_STEPS = 6  # of training
 LEAST_TOKENS = 256  # of a batch: fewer do not keep a processor busy
 TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments
 CUT_VOCABULARY = 4096  # tokens that a sample of a large model knows
@@ -215,11 +216,17 @@ def _kept_bytes(model: nn.Module, shapes: Decoder, batch: Batch) -> dict[str, in
     return {"training": training, "frozen": sum(held.values()) + sum(inputs)}
 
 
-def calibrate(config: Config, sample: Sample, steps: Sequence[Step], *, workers: int, folder: Path) -> Machine:
+def calibrate(
+    config: Config, sample: Sample, steps: Sequence[Step], *, workers: int, folder: Path, flops: float | None = None
+) -> Machine:
     """The machine at hand, measured with the model's own passes on some of the corpus; `folder` is on the disk of the run."""
     documents = sample.documents
-    rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
-    rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
+    if flops is None:
+        rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
+        rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
+    else:  # of another machine: no pass is run
+        rates, slowdown, alone, cores = dict.fromkeys((*PASSES, "eigh", "algebra"), flops), 1.0, 1.0, float(workers)
+        worker_bytes = 0
     load, save, load_bytes = _checkpoint_seconds(config, sample)
     texts = [" ".join(map(str, row.tolist())) for row in documents.tokens[:512]]
     words = _seconds(lambda: bm25_scores(texts, texts[:64])) / len(texts)
@@ -230,7 +237,7 @@ def calibrate(config: Config, sample: Sample, steps: Sequence[Step], *, workers:
         folder, dim=costs.row_values(sample.shapes, rank=config.gradients.rank), dtype=config.gradients.dtype
     )
     return Machine(
-        name="this machine, measured now",
+        name="this machine, measured now" if flops is None else f"a machine of {flops:.3g} operations a second",
         workers=workers,
         rates=rates,
         slowdown=slowdown,
@@ -250,12 +257,9 @@ def calibrate(config: Config, sample: Sample, steps: Sequence[Step], *, workers:
     )
 
 
-def given(machine: Machine, *, flops: float | None, disk: float | None, memory: float | None) -> Machine:
-    """The machine with what is given of another in place of what was measured here: operations and bytes a second, bytes."""
-    told = {}
-    if flops is not None:
-        told |= {"rates": dict.fromkeys(machine.rates, flops), "slowdown": 1.0, "alone": 1.0, "cores": float(machine.workers)}
-        told["name"] = f"a machine of {flops:.3g} operations a second"
+def given(machine: Machine, *, disk: float | None, memory: float | None) -> Machine:
+    """The machine with what is given of another in place of what was measured here: bytes written a second, bytes of memory."""
+    told: dict[str, Any] = {}
     if disk is not None:
         told |= {"disk": disk, "stored": min(disk, machine.stored)}
     if memory is not None:
@@ -275,7 +279,9 @@ def _passes(
     solver = batch_plan(lengths, batch_tokens=min(sample.batch_tokens, SOLVER_BATCH_TOKENS))
     solver = [solver[len(solver) // 3]]
     size = max(1, min(config.train.batch_size, sample.batch_tokens // int(lengths.max()) or 1))
-    taken = [replace(step, rows=step.rows[:size]) for step in steps[:: max(1, len(steps) // 6)][:6]]
+    taken = [replace(step, rows=step.rows[:size]) for step in steps[:: max(1, len(steps) // MOST_STEPS)]]
+    one = costs.training_step(shapes, load_of([taken[0].rows], lengths, predictions)) / matrix_rate(shapes)
+    taken = taken[: min(MOST_STEPS, max(1, int(SECONDS / one)))]
     task, generator = CausalLM(), torch.Generator().manual_seed(0)
     projections = random_projections(layers, rank=config.gradients.rank, seed=0)
     optimizer = make_optimizer(model, config.train)
@@ -340,7 +346,9 @@ def _passes(
     spent = {}
     began, start = time.perf_counter(), time.process_time()
     for name, (action, _flops) in actions.items():
-        spent[name] = min(_seconds(action), _seconds(action))  # the first is slower: it asks the system for memory
+        spent[name] = _seconds(action)
+        if spent[name] < 2 * SECONDS:
+            spent[name] = min(spent[name], _seconds(action))  # the first is slower: it asks the system for memory
     alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
     rates = {name: flops / spent[name] for name, (_action, flops) in actions.items()}
     each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)

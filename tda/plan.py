@@ -95,8 +95,8 @@ def make_plan(
     corpus = expected_corpus(config.prepare, workspace, model=config.train.model)
     run = expected_run(config, corpus.documents)
     sample = sample_of(config, corpus.documents, vocabulary=corpus.vocabulary)
-    machine = calibrate(config, sample, run.steps, workers=workers, folder=workspace.root)
-    machine = given(machine, flops=flops, disk=disk, memory=memory)
+    machine = calibrate(config, sample, run.steps, workers=workers, folder=workspace.root, flops=flops)
+    machine = given(machine, disk=disk, memory=memory)
     stages = estimates(config, corpus, run, sample, machine)
     whole = sample.whole
     facts = {

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from tda import costs, stages
 from tda.artifacts import Workspace, read_json, read_table
-from tda.calibration import PASSES, Machine, Sample, Startup, given, sample_model, sample_of
+from tda.calibration import PASSES, Machine, Sample, Startup, calibrate, given, sample_model, sample_of
 from tda.cli import FAILED, OK, USAGE, main
 from tda.config import Config
 from tda.data import load_documents
@@ -200,10 +200,18 @@ def test_copies_are_of_all_but_the_store(planned):
 
 
 def test_another_machine_is_what_is_given():
-    other = given(machine(alone=3.0, cores=0.5), flops=4e14, disk=1e7, memory=8e10)
+    other = given(machine(), disk=1e7, memory=8e10)
+    assert (other.disk, other.stored, other.free_memory) == (1e7, 1e7, 80_000_000_000)
+    assert given(machine(), disk=None, memory=None) == machine()
+
+
+def test_with_operations_given_no_pass_is_run(done, planned, monkeypatch):
+    config, workspace, *_rest = done
+    monkeypatch.setattr("tda.calibration._passes", None)
+    other = calibrate(config, planned[3], planned[2].steps, workers=2, folder=workspace.root, flops=4e14)
     assert set(other.rates.values()) == {4e14}
-    assert (other.alone, other.cores, other.disk, other.stored, other.free_memory) == (1.0, 2.0, 1e7, 1e7, 80_000_000_000)
-    assert given(machine(), flops=None, disk=None, memory=None) == machine()
+    assert set(other.rates) == set(machine().rates)
+    assert (other.alone, other.cores) == (1.0, 2.0)
 
 
 def test_activations_that_are_kept_grow_with_the_tokens(done):
