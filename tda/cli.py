@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _add(commands, _plan, "what a run will take: time, disk and memory of every stage", "plan --json plan.json")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE too")
-    plan.add_argument("--flops", type=_amount, metavar="N", help="of another machine: operations a second, as 4e14")
+    plan.add_argument(
+        "--flops", type=_amount, metavar="N", help="of another machine: operations a second of each worker, as 4e14"
+    )
     plan.add_argument("--disk", type=_amount, metavar="N", help="of another machine: bytes written a second, as 2e9")
     plan.add_argument("--memory", type=_amount, metavar="N", help="of another machine: bytes of memory free, as 8e10")
 
