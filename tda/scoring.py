@@ -181,8 +181,10 @@ def query_blocks(
 
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
     """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
-    query = _mean_gradient(config, workspace, attribution, queries)
-    return attribution.source(query, dot)[0][0]
+    weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
+    return sum(
+        weights[rows] @ attribution.source(query, dot)[0] for query, rows in query_blocks(config, workspace, attribution, queries)
+    )
 
 
 def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
