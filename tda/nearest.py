@@ -14,6 +14,7 @@ from scipy.special import ndtr
 
 SAMPLE = 256  # rows that tell how wide the errors are
 FIRST = 4  # times as many rows as are asked for are computed first
+FARTHEST = 6.0  # widths below the answer: of a billion such rows one is in it
 MOST = 0.1  # of all rows are computed one by one; beyond that it is cheaper to compute all
 
 
@@ -59,32 +60,33 @@ def extremes(
     first = min(FIRST * top, n)
     compute(np.concatenate([np.argpartition(sign * approximate, n - first)[n - first :] for sign in (1.0, -1.0)]))
     while True:
-        left = [_probabilities(sign * approximate, widths, sign * known, top) for sign in (1.0, -1.0)]
-        needed = [_likeliest(probabilities, misses * top) for probabilities in left]
+        left = [_likely(sign * approximate, widths, sign * known, top) for sign in (1.0, -1.0)]
+        needed = [_likeliest(rows, probabilities, misses * top) for rows, probabilities in left]
         num_computed = n - int(np.isnan(known).sum())
         if not any(map(len, needed)):
             break
         compute(np.arange(n) if num_computed + sum(map(len, needed)) > MOST * n else np.concatenate(needed))
     highest, lowest = (_best(sign * known, top) for sign in (1.0, -1.0))
-    return Extremes(
-        highest, known[highest], lowest, known[lowest], num_computed, max(float(probabilities.sum()) for probabilities in left)
-    )
+    missed = max(float(probabilities.sum()) for _rows, probabilities in left)
+    return Extremes(highest, known[highest], lowest, known[lowest], num_computed, missed)
 
 
-def _probabilities(approximate: np.ndarray, widths: np.ndarray, known: np.ndarray, top: int) -> np.ndarray:
-    """Of every row, that its score is above the `top`-th of the known ones; 0 of a known row."""
-    threshold = np.partition(known[~np.isnan(known)], -top)[-top]
+def _likely(approximate: np.ndarray, widths: np.ndarray, known: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are not known and may have a score above the `top`-th of the known ones, and how probable that is."""
+    unknown = np.isnan(known)
+    threshold = np.partition(known[~unknown], -top)[-top]
     with np.errstate(over="ignore"):  # of a row that is certain
-        return np.where(np.isnan(known), ndtr((approximate - threshold) / widths), 0.0)
+        above = (approximate - threshold) / widths
+    rows = np.flatnonzero(unknown & (above > -FARTHEST))
+    return rows, ndtr(above[rows])
 
 
-def _likeliest(probabilities: np.ndarray, misses: float) -> np.ndarray:
+def _likeliest(rows: np.ndarray, probabilities: np.ndarray, misses: float) -> np.ndarray:
     """The fewest rows without which the probabilities sum to half of `misses` or less; none if they do not sum to `misses`."""
     if probabilities.sum() <= misses:
         return np.empty(0, np.int64)
-    rows = np.flatnonzero(probabilities > 0)
-    rows = rows[np.argsort(probabilities[rows])]
-    return rows[np.cumsum(probabilities[rows]) > misses / 2]
+    order = np.argsort(probabilities)
+    return rows[order[np.cumsum(probabilities[order]) > misses / 2]]
 
 
 def _best(known: np.ndarray, top: int) -> np.ndarray:
