@@ -18,6 +18,7 @@ from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
+from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, segment_ends
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
@@ -217,7 +218,9 @@ class Fitted:
         """AdamW's P by layer, (d_out, d_in), averaged over checkpoints."""
         each = [self.second_moments(index) for index in checkpoints]
         epsilon = self.run.optimizer.epsilon
-        return {layer.name: sum(1 / (v[layer.name].sqrt() + epsilon) for v in each) / len(each) for layer in self.layers}
+        return {
+            layer.name: sum(preconditioner_of(v[layer.name], epsilon=epsilon) for v in each) / len(each) for layer in self.layers
+        }
 
     def second_moments(self, index: int) -> dict[str, Tensor]:
         """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""

@@ -84,8 +84,13 @@ def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
 
 
 def adam_preconditioner(second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float) -> Float[Tensor, "..."]:
-    """P = 1 / (sqrt(v / (1 - beta2^t)) + epsilon), elementwise."""
-    return 1 / ((second_moment / (1 - beta2**step)).sqrt() + epsilon)
+    """P at step t, of a second moment as the optimizer holds it."""
+    return preconditioner_of(second_moment / (1 - beta2**step), epsilon=epsilon)
+
+
+def preconditioner_of(corrected: Float[Tensor, "..."], *, epsilon: float) -> Float[Tensor, "..."]:
+    """P = 1 / (sqrt(v / (1 - beta2^t)) + epsilon), elementwise, of the bias-corrected second moment v / (1 - beta2^t)."""
+    return 1 / (corrected.sqrt() + epsilon)
 
 
 def scaled_factors(
