@@ -25,8 +25,9 @@ from tda.target_influence import NUM_GROUPS, ROUNDS, SOLVER_BATCH_TOKENS, SOLVER
 from tda.text_table import text_table
 from tda.train import Step, checkpoint_steps, schedule, stage_lengths
 
-QUERY_COPIES = 3  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
-LOGIT_TANGENTS = 8  # of the logits' size, in a Gauss-Newton product: of softmax, loss and slopes, forward and back
+QUERY_COPIES = 4  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
+LOGIT_TANGENTS = 12  # of the logits' size, in a Gauss-Newton product: of softmax, loss and slopes, forward and back
+FIRST_USE = 48 << 20  # bytes that libraries take when they are first used, beside what loading them takes: measured
 SCAN_BLOCKS = 8  # of stored rows that a scan has in memory, with what Lance reads ahead
 Number = int | float
 
@@ -181,7 +182,11 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         spread = {name: seconds * (machine.slowdown if machine.workers > 1 else 1) for name, seconds in (spread or {}).items()}
         clock = sum(work.values()) * machine.alone + sum(spread.values()) / machine.cores + waiting
         cpu = sum(work.values()) + sum(spread.values())
-        made.append(Estimate(stage, parts, clock, cpu, round(disk), round(begin.num_bytes + memory), cached, {**work, **spread}))
+        made.append(
+            Estimate(
+                stage, parts, clock, cpu, round(disk), round(begin.num_bytes + FIRST_USE + memory), cached, {**work, **spread}
+            )
+        )
 
     characters = sum(len(row) for row in documents.tokens) * 8
     add(
