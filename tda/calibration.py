@@ -89,6 +89,7 @@ class Machine:
     load_bytes: int
     words: float  # seconds per document of word-based scores
     startups: dict[str, Startup]
+    fork: float  # processor seconds to start a worker, to warm it up, and to end it
     worker_bytes: int  # a worker's own memory in a pass, of the model that was calibrated with
     free_memory: int
     free_disk: int
@@ -222,11 +223,11 @@ def calibrate(
     """The machine at hand, measured with the model's own passes on some of the corpus; `folder` is on the disk of the run."""
     documents = sample.documents
     if flops is None:
-        rates, slowdown, alone, cores, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
+        rates, slowdown, alone, cores, fork, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
         rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
     else:  # of another machine: no pass is run
         rates, slowdown, alone, cores = dict.fromkeys((*PASSES, "eigh", "algebra"), flops), 1.0, 1.0, float(workers)
-        worker_bytes = 0
+        fork, worker_bytes = 0.0, 0
     load, save, load_bytes = _checkpoint_seconds(config, sample)
     texts = [" ".join(map(str, row.tolist())) for row in documents.tokens[:512]]
     words = _seconds(lambda: bm25_scores(texts, texts[:64])) / len(texts)
@@ -251,6 +252,7 @@ def calibrate(
         load_bytes=load_bytes,
         words=words,
         startups=startups,
+        fork=fork,
         worker_bytes=worker_bytes,
         free_memory=free_memory(),
         free_disk=shutil.disk_usage(folder).free,
@@ -269,8 +271,8 @@ def given(machine: Machine, *, disk: float | None, memory: float | None) -> Mach
 
 def _passes(
     config: Config, sample: Sample, steps: Sequence[Step], documents: Documents, *, workers: int
-) -> tuple[dict[str, float], float, float, float, int]:
-    """Rates of all kinds of passes; how much slower beside others; clock per processor second, alone; cores; a worker's bytes."""
+) -> tuple[dict[str, float], float, float, float, float, int]:
+    """Rates of all kinds of passes; how much slower beside others; clock per processor second; cores; a fork; its bytes."""
     model, shapes = sample.model, costs.tracking(sample.shapes, _pattern(config, sample.shapes))
     layers = list(shapes.tracked)
     lengths, predictions = documents.lengths, documents.num_loss_tokens
@@ -342,7 +344,9 @@ def _passes(
             spent, clock = time.process_time() - start, time.perf_counter() - began
         return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + (_own_bytes() if os.getpid() != parent else 0)
 
+    before = _children()
     outcome = list(parallel_map(together, range(workers), workers=workers, description="calibrating", unit="worker"))
+    forked = _children() - before
     spent = {}
     began, start = time.perf_counter(), time.process_time()
     for name, (action, _flops) in actions.items():
@@ -351,9 +355,11 @@ def _passes(
             spent[name] = min(spent[name], _seconds(action))  # the first is slower: it asks the system for memory
     alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
     rates = {name: flops / spent[name] for name, (_action, flops) in actions.items()}
+    working = sum(seconds + seconds / repeats for seconds, repeats, _clock, _bytes in outcome)
+    fork = max(0.0, (forked - working) / workers)
     each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)
     cores = sum(seconds / clock for seconds, _repeats, clock, _bytes in outcome)
-    return rates, max(1.0, each / spent["rows"]), alone, cores, max(own for *_rest, own in outcome)
+    return rates, max(1.0, each / spent["rows"]), alone, cores, fork, max(own for *_rest, own in outcome)
 
 
 def _pattern(config: Config, shapes: Decoder) -> str:

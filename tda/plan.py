@@ -173,6 +173,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         spread: dict[str, float] | None = None,
         waiting: Number = 0,
         parts: int = 1,
+        pools: int = 0,
         disk: Number = SMALL,
         memory: Number = 0,
         cached: bool = True,
@@ -180,6 +181,8 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         begin = machine.startups[startup]
         work = {"start": parts * begin.seconds, **work}
         spread = {name: seconds * (machine.slowdown if machine.workers > 1 else 1) for name, seconds in (spread or {}).items()}
+        if pools and machine.workers > 1:
+            spread["workers"] = parts * pools * machine.workers * machine.fork
         clock = sum(work.values()) * machine.alone + sum(spread.values()) / machine.cores + waiting
         cpu = sum(work.values()) + sum(spread.values())
         made.append(
@@ -194,6 +197,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         "model",
         work={"clean, tokenise": corpus.seconds},
         spread={"read": corpus.spread_seconds},
+        pools=1 if corpus.spread_seconds else 0,
         disk=corpus.num_bytes,
         memory=characters + machine.workers * _worker_bytes(sample, machine) / 4,
     )
@@ -222,6 +226,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         parts=len(run.seen),
         work={name: sum(part[0][name] for part in parts) for name in parts[0][0]},
         spread={name: sum(part[1][name] for part in parts) for name in parts[0][1]},
+        pools=len(parts[0][1]),
         waiting=len(run.seen) * factors / machine.disk,
         disk=len(run.seen) * factors,
         memory=weights + 2 * factors + machine.workers * (frozen_worker + factors),
@@ -237,6 +242,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         parts=num_checkpoints,
         work={"store": num_checkpoints * stored / machine.stored, "read": num_checkpoints * read},
         spread={"rows": num_checkpoints * rows},
+        pools=1,
         waiting=num_checkpoints * stored / machine.disk,
         disk=num_checkpoints * stored,
         memory=weights + factors + machine.workers * (frozen_worker + per_batch) + 2 * min(stored, CHUNK_BYTES) + per_batch,
@@ -264,6 +270,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         "model",
         work={},
         spread={"steps": number * training, "losses": number * rate("forward", evaluation)},
+        pools=1,
         disk=SMALL / 100,
         memory=machine.workers * (_worker_bytes(sample, machine) + weights * (copies + 1) + sample.kept["training"] * largest),
     )

@@ -58,6 +58,7 @@ def machine(**changes: object) -> Machine:
         load_bytes=10**9,
         words=0.0,
         startups=startups,
+        fork=0.0,
         worker_bytes=10**7,
         free_memory=10**12,
         free_disk=10**12,
@@ -149,7 +150,7 @@ def test_work_takes_as_long_as_the_rate_says(planned):
     slow, fast = by_stage(planned, machine()), by_stage(planned, machine(rates=dict.fromkeys(machine().rates, 2e9)))
     for stage in ("train", "curvature", "gradients", "scores", "retraining"):
         fixed = slow[stage].work["start"]
-        for kind in set(slow[stage].work) - {"start", "checkpoints", "store", "rows", "read", "words"}:
+        for kind in set(slow[stage].work) - {"start", "checkpoints", "store", "rows", "read", "words", "workers"}:
             assert fast[stage].work[kind] == pytest.approx(slow[stage].work[kind] / 2)
         assert slow[stage].cpu_seconds > fast[stage].cpu_seconds > fixed
 
@@ -173,6 +174,15 @@ def test_cores_share_what_workers_do(planned):
     spread = one["retraining"].cpu_seconds - one["retraining"].work["start"]
     assert one["retraining"].seconds - two["retraining"].seconds == pytest.approx(spread / 2)
     assert one["train"].seconds == two["train"].seconds
+
+
+def test_workers_are_started_for_every_pass(planned):
+    config = planned[0]
+    made = by_stage(planned, machine(fork=1.0))
+    assert made["curvature"].work["workers"] == 2 * 2 * len(config.segments.indices)  # two passes, two workers
+    assert made["gradients"].work["workers"] == 2 * len(config.train.checkpoints)
+    assert made["retraining"].work["workers"] == 2
+    assert "workers" not in by_stage(planned, machine(fork=1.0, workers=1))["retraining"].work
 
 
 def test_every_checkpoint_has_its_rows(planned):
