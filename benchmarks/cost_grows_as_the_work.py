@@ -44,14 +44,16 @@ WIDTHS = (64, 128, 256, 512)
 TOKENS, VOCABULARY, RANK, BATCH_TOKENS = 64, 512, 16, 2048
 NUM_DOCUMENTS = 64  # of which rows are logged and curvature is fitted
 EXPONENTS = (0.8, 1.1)  # of what counts as a straight line: fixed costs make it less than 1 at small sizes
-UNITS = {"documents": "document", "checkpoints": "checkpoint", "width": "operation"}
+OVER = ("documents", "checkpoints", "width")
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=1_000_000, help="documents (default: %(default)s)")
-    parser.add_argument("--over", choices=list(UNITS), action="append", help="one of these alone; may be given again")
-    parser.add_argument("--plot", type=Path, default=Path("cost_grows_as_the_work.svg"), help="where (default: %(default)s)")
+    parser.add_argument("--over", choices=OVER, action="append", help="one of these alone; may be given again")
+    parser.add_argument(
+        "--plot", type=Path, default=ROOT / "build" / "cost_grows_as_the_work.svg", help="where (default: %(default)s)"
+    )
     parser.add_argument("--one", nargs=2, metavar=("OVER", "SIZE"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.one:
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps(SINGLE[over](int(size))))
         return
     sizes = {"documents": _documents_up_to(chosen.largest), "checkpoints": CHECKPOINTS, "width": WIDTHS}
-    found = {over: [one(over, size) for size in sizes[over]] for over in chosen.over or UNITS}
+    found = {over: [one(over, size) for size in sizes[over]] for over in chosen.over or OVER}
     lines = [line for over, each in found.items() for line in fitted(over, each)]
     print(table(lines))
     plot(found, chosen.plot)
