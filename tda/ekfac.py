@@ -22,7 +22,7 @@ from tda.spectral import SpectralFn
 from tda.task import Task
 
 SMALLEST_STRIP = 64  # columns; narrower products run slower than they are smaller
-MOST_STRIPS = 8
+MOST_STRIPS = 12
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def covariances(
     """
     A: dict[str, Tensor] = {}
     S: dict[str, Tensor] = {}
-    num_tokens = 0
+    num_tokens: Tensor | int = 0  # a tensor, for which no batch waits
     counts: Tensor
 
     def add_inputs(layer: Layer, a: Tensor) -> None:
@@ -88,13 +88,13 @@ def covariances(
     with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
         for batch in batches:
             counts = batch.counts[:, :, None]
-            num_tokens += int(counts.sum())
+            num_tokens = num_tokens + counts.sum()
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     for sums in (A, S):
         for matrix in sums.values():
             complete_from_lower(matrix)
-    return Covariances(A, S, num_tokens)
+    return Covariances(A, S, int(num_tokens))
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]) -> None:

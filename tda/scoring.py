@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import torch
+import xxhash
 from torch import Tensor
 
 from tda.artifacts import Workspace, read_json, read_table
@@ -14,8 +15,7 @@ from tda.checkpoints import load_checkpoint
 from tda.config import Config
 from tda.data import Documents, batches, load_documents
 from tda.dynamics import curvature_rows, load_dynamics, load_exposure, load_segments
-from tda.ekfac import EKFAC
-from tda.factors import SegmentFactors, load_factors
+from tda.factors import SegmentFactors, load_factors, save_factors
 from tda.gradient_log import row_identity, segment_projections
 from tda.gradients import QUERY_VALUES, project_queries, query_gradients
 from tda.influence import precondition
@@ -29,7 +29,7 @@ from tda.segments import Segment
 from tda.sketch import open_sketch
 from tda.source import Gradients, SegmentDynamics, walk_back
 from tda.store import open_sealed
-from tda.stored_rows import stored_bytes
+from tda.stored_rows import canonical, stored_bytes
 from tda.target_influence import target_influence
 from tda.task import CausalLM
 
@@ -119,7 +119,13 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
     exposure = load_exposure(workspace, documents)
     if config.curvature.space == "rows":
         factors = [
-            replace(held, plain=_curvature_from_rows(config, workspace, documents, segment, held, manifests, exposure))
+            _fitted_from_rows(
+                held,
+                workspace,
+                segment,
+                manifests=[manifests[checkpoint] for checkpoint in segment.checkpoints],
+                doc_ids=[documents.ids[row] for row in curvature_rows(config.curvature, exposure, segment.index)],
+            )
             for segment, held in zip(segments, factors, strict=True)
         ]
     return Attribution(
@@ -134,24 +140,31 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
     )
 
 
-def _curvature_from_rows(
-    config: Config,
-    workspace: Workspace,
-    documents: Documents,
-    segment: Segment,
-    factors: SegmentFactors,
-    manifests: dict[int, dict],
-    exposure: np.ndarray,
-) -> dict[str, EKFAC]:
-    ids = [documents.ids[row] for row in curvature_rows(config.curvature, exposure, segment.index)]
+def _fitted_from_rows(
+    factors: SegmentFactors, workspace: Workspace, segment: Segment, *, manifests: list[dict], doc_ids: list[str]
+) -> SegmentFactors:
+    """`factors` with the curvature of stored rows; kept beside the store under all that it was made from."""
+    made_from = {
+        "rows": [manifest["digest"] for manifest in manifests],
+        "documents": doc_ids,
+        "tokens_per_document": segment.tokens_per_document,
+    }
+    digest = xxhash.xxh3_128_hexdigest(canonical(made_from))
+    path = workspace.store / f"curvature_{segment.index}_{digest[:12]}.safetensors"
+    if path.is_file():
+        return load_factors(path)
 
     def blocks() -> Iterator[Tensor]:
-        for checkpoint in segment.checkpoints:
-            for _positions, rows in open_sealed(workspace.store, manifests[checkpoint]).scan(ids):
+        for manifest in manifests:
+            for _positions, rows in open_sealed(workspace.store, manifest).scan(doc_ids):
                 yield torch.from_numpy(rows.vectors)
 
     shapes = {name: (held.P_o.shape[1], held.P_i.shape[1]) for name, held in factors.projections.items()}
-    return row_curvature(blocks, factors.layers, shapes, weight=1 / segment.tokens_per_document)
+    fitted = replace(factors, plain=row_curvature(blocks, factors.layers, shapes, weight=1 / segment.tokens_per_document))
+    for old in workspace.store.glob(f"curvature_{segment.index}_*"):
+        old.unlink()
+    save_factors(path, fitted)
+    return fitted
 
 
 def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:

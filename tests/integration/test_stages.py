@@ -282,7 +282,7 @@ def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy
     assert np.corrcoef(full, projected)[0, 1] > 0.9
 
 
-def test_curvature_from_the_stored_rows(toy):
+def test_curvature_from_the_stored_rows(toy, monkeypatch):
     """The factors are those of the rows of the segment's documents at its checkpoints, worked out again here."""
     from tda.checkpoints import load_checkpoint
     from tda.gradients import gradient_rows
@@ -318,6 +318,7 @@ def test_curvature_from_the_stored_rows(toy):
     values = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
     assert np.isfinite(values).all()
     assert values.std() > 0
+    monkeypatch.delattr("tda.scoring.row_curvature")  # a query finds what `scores` has fitted
     assert answer("The list of a set", config=config, workspace=workspace)["helped"]
 
 
