@@ -149,7 +149,7 @@ def _fitted_from_rows(
         "documents": doc_ids,
         "tokens_per_document": segment.tokens_per_document,
     }
-    digest = xxhash.xxh3_128_hexdigest(canonical(made_from))
+    digest = xxhash.xxh3_128_hexdigest(canonical(made_from).encode())
     path = workspace.store / f"curvature_{segment.index}_{digest[:12]}.safetensors"
     if path.is_file():
         return load_factors(path)
