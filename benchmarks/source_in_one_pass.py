@@ -23,7 +23,7 @@ from tda.gradients import gradient_rows
 from tda.model import tracked_layers
 from tda.preconditioner import plain
 from tda.projection import random_projections
-from tda.row_curvature import row_curvature
+from tda.row_curvature import by_layer, row_curvature
 from tda.row_products import dot_scores
 from tda.scores import source_values
 from tda.segments import Segment
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str]) -> None:
     ]
     exposure = np.full((len(documents), SEGMENTS), 1 / len(documents))
     queries = torch.randn(QUERIES, sum(held.size for held in projections.values()), generator=torch.Generator().manual_seed(0))
-    query = _blocks(queries, layers, shapes)
+    query = by_layer(queries, layers, shapes)
     folder = Path(tempfile.mkdtemp(prefix="one-pass-"))
     stores = iter(range(chosen.rounds + 2))
 
-    def rows() -> list[torch.Tensor]:
+    def rows() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [gradient_rows(model, layers, batch, task=CausalLM(), projections=projections) for batch in batches]
 
     def logged(store: Path, checkpoint: int, segment: int) -> dict:
@@ -127,12 +127,6 @@ def _rows(documents, places: list[int], vectors: torch.Tensor, losses: torch.Ten
         gradient_norms=torch.linalg.vector_norm(vectors, dim=1).numpy(),
         vectors=vectors.numpy(),
     )
-
-
-def _blocks(rows: torch.Tensor, layers, shapes) -> dict[str, torch.Tensor]:
-    sizes = [shapes[layer.name][0] * shapes[layer.name][1] for layer in layers]
-    parts = zip(rows.split(sizes, dim=1), layers, strict=True)
-    return {layer.name: part.unflatten(1, shapes[layer.name]) for part, layer in parts}
 
 
 def check(attributed, batches_of_rows, layers, shapes, *, weight: float, num_documents: int) -> None:

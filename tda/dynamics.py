@@ -6,7 +6,7 @@ from tda.artifacts import Workspace, read_json, read_table
 from tda.config import Curvature
 from tda.data import Documents
 from tda.factors import SegmentFactors
-from tda.segments import Segment
+from tda.segments import Segment, rows_seen
 from tda.source import SegmentDynamics
 
 
@@ -29,10 +29,7 @@ def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
 
 def curvature_rows(config: Curvature, exposure: np.ndarray, index: int) -> np.ndarray:
     """Row numbers of the documents that the curvature of segment `index` is fitted on: some of those that it saw."""
-    seen = np.flatnonzero(exposure[:, index])
-    if not 0 < config.num_documents < len(seen):
-        return seen
-    return np.sort(np.random.default_rng([config.seed, index]).choice(seen, config.num_documents, replace=False))
+    return rows_seen(exposure, index, config.num_documents, seed=[config.seed, index])
 
 
 def load_dynamics(

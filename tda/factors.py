@@ -28,9 +28,8 @@ class SegmentFactors:
     """EK-FAC factors of every tracked layer of one segment.
 
     In projected space they are those of projected gradients, and `projections` says how to project; `plain` is empty as long as
-    they are to be fitted from rows. `P` is the optimizer's
-    preconditioner averaged over the segment's checkpoints, by layer, empty without one. `scaled` are the factors of P^(1/2) G, if
-    fitted.
+    they are to be fitted from rows. `P` is the optimizer's preconditioner averaged over the segment's checkpoints, by layer,
+    empty without one. `scaled` are the factors of P^(1/2) G, if fitted.
     """
 
     layers: list[Layer]

@@ -19,7 +19,7 @@ from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
 from tda.preconditioner import preconditioner_of
-from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, segment_ends
+from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
 from tda.trajectory import Run
@@ -177,11 +177,7 @@ class Fitted:
 
     def _seen(self, segment: Segment, num: int, *salt: int) -> np.ndarray:
         """`num` of the rows that the segment trained on; 0: all of them."""
-        seen = np.flatnonzero(self.exposure[:, segment.index])
-        if 0 < num < len(seen):
-            random = np.random.default_rng([self.settings.seed, segment.index, *salt])
-            seen = np.sort(random.choice(seen, num, replace=False))
-        return seen
+        return rows_seen(self.exposure, segment.index, num, seed=[self.settings.seed, segment.index, *salt])
 
     def product(self, segment: Segment, checkpoints: list[int]) -> Product:
         """The Gauss-Newton product in the segment, averaged over `checkpoints`, on a fixed set of its rows."""

@@ -33,7 +33,7 @@ def document_losses(
     of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
     which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
     """
-    places, targets = predictions(batch)
+    places, targets = batch.predictions
     uniform = None
     if labels == "sampled":
         uniform = torch.rand(len(places), generator=generator, device=places.device)
@@ -51,14 +51,9 @@ def document_losses(
     return total, batch.sums(losses.detach())
 
 
-def predictions(batch: DocumentBatch) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
-    """Of every prediction that counts, document by document: its place among the flattened tokens, and the token it is of."""
-    return batch.predictions
-
-
 def document_logits(model: nn.Module, batch: DocumentBatch) -> Float[Tensor, "prediction vocabulary"]:
     """The logits of every prediction that counts."""
-    places, _targets = predictions(batch)
+    places, _targets = batch.predictions
     return at_least_float32(model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[places])
 
 

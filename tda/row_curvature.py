@@ -57,9 +57,14 @@ def _basis(blocks: Blocks, layers: Sequence[Layer], shapes: dict[str, tuple[int,
 
 
 def _split(blocks: Blocks, layers: Sequence[Layer], shapes: dict[str, tuple[int, int]]) -> Iterable[dict[str, Tensor]]:
-    sizes = [shapes[layer.name][0] * shapes[layer.name][1] for layer in layers]
     for rows in blocks():
-        yield {
-            layer.name: part.unflatten(1, shapes[layer.name])
-            for layer, part in zip(layers, rows.split(sizes, dim=1), strict=True)
-        }
+        yield by_layer(rows, layers, shapes)
+
+
+def by_layer(
+    rows: Float[Tensor, "row values"], layers: Sequence[Layer], shapes: dict[str, tuple[int, int]]
+) -> dict[str, Float[Tensor, "row k_out k_in"]]:
+    """The part of every layer, of its shape."""
+    sizes = [shapes[layer.name][0] * shapes[layer.name][1] for layer in layers]
+    parts = zip(layers, rows.split(sizes, dim=1), strict=True)
+    return {layer.name: part.unflatten(1, shapes[layer.name]) for layer, part in parts}

@@ -148,3 +148,14 @@ def document_exposure(
         if at < len(last_steps):
             np.add.at(exposure[:, at], rows, rate / len(rows))
     return exposure / exposure.sum(axis=0)
+
+
+def rows_seen(exposure: np.ndarray, index: int, num: int, *, seed: Sequence[int]) -> np.ndarray:
+    """Ascending numbers of `num` of the rows that segment `index` trained on, drawn by `seed`; 0: all of them.
+
+    `exposure` is (row, segment).
+    """
+    seen = np.flatnonzero(exposure[:, index])
+    if not 0 < num < len(seen):
+        return seen
+    return np.sort(np.random.default_rng(seed).choice(seen, num, replace=False))

@@ -23,7 +23,6 @@ from tda.losses import (
     draw,
     logit_losses,
     margins,
-    predictions,
 )
 from tda.packing import DocumentBatch
 
@@ -106,13 +105,13 @@ class CausalLM:
 
     def output_losses(self, outputs: Float[Tensor, "term output"], batch: DocumentBatch) -> Float[Tensor, " term"]:
         """See `Task.output_losses`."""
-        return logit_losses(outputs, predictions(batch)[1], None)
+        return logit_losses(outputs, batch.predictions[1], None)
 
     def responses(
         self, outputs: Float[Tensor, "term output"], batch: DocumentBatch
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
         """Margins. See `Task.responses`."""
-        return _margin_responses(outputs, predictions(batch)[1])
+        return _margin_responses(outputs, batch.predictions[1])
 
 
 @dataclass(frozen=True)
