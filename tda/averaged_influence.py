@@ -64,13 +64,7 @@ def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
 
 
 def around(run: Run, end: float) -> list[int]:
-    """The checkpoints, by index, whose stretches of training lie in the third of the run around `end`, in parts of it.
-
-    Raises:
-        ValueError: `end` is not in (0, 1].
-    """
-    if not 0 < end <= 1:
-        raise ValueError(f"averaged_influence: counterfactual_end is {end}; expected a part of the run, above 0 and at most 1")
+    """The checkpoints, by index, whose stretches of training lie in the third of the run around `end`, in parts of it."""
     steps = np.array([0, *(checkpoint.step for checkpoint in run.checkpoints)])
     centres = (steps[:-1] + steps[1:]) / 2 / steps[-1]
     start = min(max(end - WINDOW / 2, 0), 1 - WINDOW)

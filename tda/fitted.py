@@ -37,11 +37,11 @@ class Settings:
     layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
     damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
-    counterfactual_end: float = 0.5  # averaged_influence: where, in parts of the run, training without the row would end
+    counterfactual_end: float = 0.5  # averaged_influence, surrogate: the part of the run that training without the row takes
     damping_scale: float = 4.0  # averaged_influence: of 1/(eta_bar K)
     rounds: int = 3  # averaged_influence: of block Krylov
     solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
-    ridge_scale: float = 5.0  # surrogate: in 2/(eta_bar K) + weight decay
+    ridge_scale: float = 2.5  # surrogate: in 2/(eta_bar K) + weight decay
     splits: int = 4  # surrogate: random splits of the rows in two halves
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
     iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
@@ -51,6 +51,13 @@ class Settings:
     batch_size: int = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
     seed: int = 0
     workers: int = 1  # processes that fit curvature
+
+    def __post_init__(self) -> None:
+        """Refuse a `counterfactual_end` outside (0, 1] with ValueError."""
+        if not 0 < self.counterfactual_end <= 1:
+            raise ValueError(
+                f"attribute: counterfactual_end is {self.counterfactual_end}; expected a part of the run, above 0 and at most 1"
+            )
 
     @classmethod
     def of(cls, **settings: object) -> "Settings":

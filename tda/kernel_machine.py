@@ -2,16 +2,14 @@
 
     minimise over f = K alpha     1/n sum over rows of loss(f_i, y_i) + ridge/2 |f|_K^2
 
-A `Machine` holds, for the rows left out and the queries, its predictions, and the posterior kernel in which a new row acts:
-adding row z, with residual r_z (minus the derivative of its loss) and curvature w_z (of its loss along r_z), moves outputs by
+A machine is its coefficients `alpha` (row, output), the same kernel serving every output. Adding row z, with residual r_z (minus
+the derivative of its loss) and curvature w_z (of its loss along r_z), moves outputs by
 
-    f(q) -> f(q) + k(q, z) r_z / (1 + w_z k(z, z)),      k = (K - K_.S (K_S + n ridge / w_S)^-1 K_S.) / (n ridge)
+    f(q) -> f(q) + k(q, z) r_z / (1 + w_z k(z, z)),      k = (K - K_.S (K_S + n ridge H^-1)^-1 K_S.) / (n ridge)
 
-which is exact for a squared loss, and one Newton step for cross-entropy, whose Hessian in a row's outputs is replaced by one
-number per row: its trace.
+with H the Hessian of the rows' losses in their outputs. That is exact for a squared loss, and one Newton step for cross-entropy.
+A `RowCurvature` has one number per row for H; `SoftmaxCurvature` is that of a classifier, whose outputs the Hessian couples.
 """
-
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -21,61 +19,18 @@ from torch.nn import functional as F
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A machine fitted on rows S, seen at other points."""
-
-    predictions: Float[Tensor, "point output"]
-    K_S_point: Float[Tensor, "row point"]
-    whitener: Float[Tensor, "row row"]  # lower Cholesky factor of I + sqrt(w) K_S sqrt(w) / (n ridge)
-    root_w: Float[Tensor, " row"]
-    n_ridge: float
-
-    def posterior(self, K_pq: Float[Tensor, "p q"], p: slice, q: slice) -> Float[Tensor, "p q"]:
-        """The posterior kernel between points `p` and points `q`, whose prior kernel is `K_pq`."""
-        return (K_pq - self._whitened(p).T @ self._whitened(q)) / self.n_ridge
-
-    def posterior_diagonal(self, K_pp: Float[Tensor, " p"], p: slice) -> Float[Tensor, " p"]:
-        """The posterior kernel of each of the points `p` with itself."""
-        return (K_pp - self._whitened(p).square().sum(dim=0)) / self.n_ridge
-
-    def _whitened(self, p: slice) -> Float[Tensor, "row p"]:
-        scaled = self.root_w[:, None] * self.K_S_point[:, p] / self.n_ridge**0.5
-        return torch.linalg.solve_triangular(self.whitener, scaled, upper=False)
-
-
-def _machine(K_S: Tensor, K_S_point: Tensor, alpha: Tensor, w: Tensor, n_ridge: float) -> Machine:
-    root_w = w.sqrt()
-    inner = root_w[:, None] * K_S * root_w / n_ridge
-    inner.diagonal().add_(1)
-    return Machine(K_S_point.T @ alpha, K_S_point, torch.linalg.cholesky(inner), root_w, n_ridge)
-
-
-def fit_squares(
-    K_S: Float[Tensor, "row row"], y: Float[Tensor, "row output"], K_S_point: Float[Tensor, "row point"], *, ridge: float
-) -> Machine:
+def fit_squares(K_S: Float[Tensor, "row row"], y: Float[Tensor, "row output"], *, ridge: float) -> Float[Tensor, "row output"]:
     """The machine of the squared error, whose second derivative is 2: kernel ridge regression."""
-    n_ridge = len(K_S) * ridge
-    shifted = K_S.clone()
-    shifted.diagonal().add_(n_ridge / 2)
-    alpha = torch.cholesky_solve(y, torch.linalg.cholesky(shifted))
-    return _machine(K_S, K_S_point, alpha, torch.full_like(y[:, 0], 2.0), n_ridge)
+    return torch.cholesky_solve(y, torch.linalg.cholesky(_shifted(K_S, len(K_S) * ridge / 2)))
 
 
 def fit_softmax(
-    K_S: Float[Tensor, "row row"],
-    y: Int[Tensor, " row"],
-    K_S_point: Float[Tensor, "row point"],
-    *,
-    ridge: float,
-    num_classes: int,
-) -> Machine:
+    K_S: Float[Tensor, "row row"], y: Int[Tensor, " row"], *, ridge: float, num_classes: int
+) -> Float[Tensor, "row output"]:
     """The machine of the cross-entropy, by accelerated steps on its quadratic bound of curvature 1/2 (Boehning 1992)."""
     n_ridge = len(K_S) * ridge
     onehot = F.one_hot(y, num_classes).to(K_S.dtype)
-    bound = K_S.clone()
-    bound.diagonal().add_(2 * n_ridge)
-    factor = torch.linalg.cholesky(bound)
+    factor = torch.linalg.cholesky(_shifted(K_S, 2 * n_ridge))
     alpha = torch.zeros_like(onehot)
     before, weight = alpha, 1.0
     for _ in range(MAX_ITERATIONS):
@@ -85,8 +40,7 @@ def fit_softmax(
         before, alpha, weight = alpha, ahead - 2 * torch.cholesky_solve(gradient, factor), following
         if n_ridge * (alpha - before).abs().max() < TOLERANCE:
             break
-    p = (K_S @ alpha).softmax(dim=1)
-    return _machine(K_S, K_S_point, alpha, 1 - p.square().sum(dim=1), n_ridge)
+    return alpha
 
 
 def square_response(
@@ -104,3 +58,58 @@ def softmax_response(
     r = F.one_hot(y, f.shape[1]).to(f.dtype) - p
     along = (p * r.square()).sum(dim=1) - (p * r).sum(dim=1).square()
     return r, along / r.square().sum(dim=1).clamp_min(torch.finfo(f.dtype).tiny)
+
+
+class RowCurvature:
+    """A curvature of one number `w` per row, the same in all directions of its outputs: 2 of a squared error."""
+
+    def __init__(self, K_S: Float[Tensor, "row row"], w: Float[Tensor, " row"], *, ridge: float):
+        self._root = w.sqrt()[:, None]
+        self._factor = torch.linalg.cholesky(_shifted(self._root * K_S * self._root.T, len(K_S) * ridge))
+
+    def solve(self, b: Float[Tensor, "output row query"]) -> Float[Tensor, "output row query"]:
+        """(K_S + n ridge H^-1)^-1 b, for every output."""
+        return self._root * torch.cholesky_solve(self._root * b, self._factor)
+
+    def explained(self, K_S_point: Float[Tensor, "row point"]) -> Float[Tensor, " point"]:
+        """The diagonal of K_.S (K_S + n ridge H^-1)^-1 K_S.: what the rows know of each point."""
+        return torch.linalg.solve_triangular(self._factor, self._root * K_S_point, upper=False).square().sum(dim=0)
+
+
+class SoftmaxCurvature:
+    """The curvature of the cross-entropy at outputs `f`: the mean of what its Hessian says and of what its trace says.
+
+    The Hessian of a row, diag(p) - p p^T with p its softmax, all but vanishes where the row is learned by heart, though a step
+    away from there meets more of it; its trace in all directions is an upper bound. The Hessian is solved as in Gaussian process
+    classification (Rasmussen and Williams 2006, section 3.5): E_c is the inverse for diag(p) alone, and what p p^T adds is one
+    more matrix of the size of the rows. It takes (row, row) numbers for every output.
+    """
+
+    def __init__(self, K_S: Float[Tensor, "row row"], f: Float[Tensor, "row output"], *, ridge: float):
+        p = f.softmax(dim=1)
+        self._trace = RowCurvature(K_S, 1 - p.square().sum(dim=1), ridge=ridge)
+        self._E = K_S.new_empty(p.shape[1], *K_S.shape)
+        for E, root in zip(self._E, p.sqrt().T, strict=True):
+            inner = _shifted(root[:, None] * K_S * root, len(K_S) * ridge)
+            torch.mul(root[:, None] * root, torch.cholesky_inverse(torch.linalg.cholesky(inner)), out=E)
+        self._factor = torch.linalg.cholesky(self._E.sum(dim=0))
+
+    def solve(self, b: Float[Tensor, "output row query"]) -> Float[Tensor, "output row query"]:
+        """See `RowCurvature.solve`."""
+        return (self.by_hessian(b) + self._trace.solve(b)) / 2
+
+    def by_hessian(self, b: Float[Tensor, "output row query"]) -> Float[Tensor, "output row query"]:
+        """The same by the Hessian alone."""
+        of_diagonal = self._E @ b
+        shared = torch.cholesky_solve(of_diagonal.sum(dim=0), self._factor)
+        return of_diagonal - self._E @ shared
+
+    def explained(self, K_S_point: Float[Tensor, "row point"]) -> Float[Tensor, " point"]:
+        """See `RowCurvature.explained`; by the trace."""
+        return self._trace.explained(K_S_point)
+
+
+def _shifted(K: Float[Tensor, "row row"], shift: float) -> Float[Tensor, "row row"]:
+    shifted = K.clone()
+    shifted.diagonal().add_(shift)
+    return shifted

@@ -4,27 +4,32 @@ Influence functions and SOURCE linearise around what the run has become with eve
 no gradient left, so that what it taught cannot be seen any more, and the curvature between layers is left out. Here each row's
 effect is worked out where it was not trained on, and without a curvature approximation:
 
-1. K, the tangent kernel of rows and queries, exact over all tracked layers, averaged over the segments of the run with their
-   learning rates (the path kernel of Domingos 2020, arXiv 2012.00152).
+1. K, the tangent kernel of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
+   2020, arXiv 2012.00152) as far as training on half the rows would go (`counterfactual_end`).
 2. Kernel machines fitted to the training loss on random halves of the rows. Their ridge is 1/(eta_bar K) plus the weight decay,
    what SOURCE's damping is for a run on half the data, times `ridge_scale`.
-3. For every row outside the half, the closed-form effect of adding it on the outputs at every query.
+3. For every row outside the half, the closed-form effect of adding it on the outputs at every query. Of a classifier it is the
+   mean of two: by the Hessian of the loss, which says too little of rows that are learned by heart, and by its trace.
 4. The score is minus that, along the derivative of the query's cost, averaged over the machines' own predictions: where the cost
    is not smooth, as |error| is, its slope is that of its mean over such runs, not that of one run's accident.
 """
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tda.data import Examples, TensorBatch
 from tda.fitted import Fitted
 from tda.kernel import Roots, rank_one_roots, tangent_kernel
-from tda.kernel_machine import Machine, fit_softmax, fit_squares, softmax_response, square_response
+from tda.kernel_machine import RowCurvature, SoftmaxCurvature, fit_softmax, fit_squares, softmax_response, square_response
 from tda.task import Classification, Regression, Task
 
 HALVES = 2  # of every split
+QUERIES_AT_ONCE = 512
 
 
 def surrogate_scores(run: Fitted) -> np.ndarray:
@@ -53,20 +58,21 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
 
 
 def path_kernel(run: Fitted) -> tuple[Float[Tensor, "point point"], int]:
-    """The tangent kernel of rows, then queries, averaged over the segments by their learning rate; and the number of outputs.
+    """The tangent kernel of rows, then queries, averaged up to the counterfactual's end; and the number of outputs.
 
-    Each segment is seen at the checkpoint nearest to its middle, through the optimizer's preconditioner there.
+    Each stretch of training is seen at the checkpoint that it ends at, through the optimizer's preconditioner there, and counts
+    by its learning rate.
     """
     points = Examples(torch.cat([run.train.x, run.queries.x]), torch.cat([run.train.y, run.queries.y]))
-    total = sum(segment.time for segment in run.segments)
+    steps = [0, *(checkpoint.step for checkpoint in run.run.checkpoints)]
+    last = max(1, sum(step <= run.settings.counterfactual_end * steps[-1] for step in steps[1:]))
+    times = [float(run.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
     K: Tensor | float = 0.0
-    for segment in run.segments:
-        middle = (segment.first_step - 1 + segment.last_step) / 2
-        index = min(segment.checkpoints, key=lambda index: abs(run.run.checkpoints[index].step - middle))
+    for index, time in enumerate(times):
         here, outputs = tangent_kernel(
             run.model(index), run.layers, points, task=run.task, batch_size=run.batch_size, roots=_roots(run, index)
         )
-        K = K + segment.time / total * here
+        K = K + time / sum(times) * here
     return K, outputs.shape[1]
 
 
@@ -88,37 +94,49 @@ def retrained_effects(
     seed: int,
 ) -> np.ndarray:
     """Scores (query, row) from the kernel of rows, then queries; each of `splits` random splits gives every row one effect."""
-    num_rows, num_queries = len(train), len(queries)
-    random = np.random.default_rng(seed)
-    of_queries = slice(-num_queries, None)
-    predictions: list[Tensor] = []
-    effects: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, k(q, z) / (1 + w k(z, z)), r_z
-    for _ in range(splits):
-        order = torch.from_numpy(random.permutation(num_rows))
-        halves = order.chunk(HALVES)
-        for inside, outside in (halves, halves[::-1]):
-            points = torch.cat([outside, torch.arange(num_rows, num_rows + num_queries)])
-            machine = _fit(K[inside][:, inside], K[inside][:, points], train.y[inside], task, num_outputs, ridge)
-            of_rows = slice(0, len(outside))
-            r, w = _response(machine.predictions[of_rows], train.y[outside], task)
-            k = machine.posterior(K[num_rows:][:, outside], of_queries, of_rows)
-            along = machine.posterior_diagonal(K.diagonal()[outside], of_rows)
-            effects.append((outside, k / (1 + w * along), r))
-            predictions.append(machine.predictions[of_queries])
-    slopes = torch.stack([_cost_slopes(f, queries, task) for f in predictions]).mean(dim=0)
-    scores = torch.zeros(num_queries, num_rows, dtype=torch.float64)
-    for rows, k, r in effects:
-        scores[:, rows] -= (k * (slopes @ r.T)).double() / splits
+    num_rows = len(train)
+    K_rows, K_queries = K[:num_rows, :num_rows], K[:num_rows, num_rows:]
+    machines = []
+    for inside, outside in _splits(num_rows, splits, seed=seed):
+        alpha = _fit(K_rows[inside[:, None], inside], train.y[inside], task, num_outputs, ridge)
+        machines.append((inside, outside, alpha))
+    of_cost = [_cost_slopes(K_queries[inside].T @ alpha, queries, task) for inside, _outside, alpha in machines]
+    slopes = torch.stack(of_cost).mean(dim=0).T[:, None]  # (output, 1, query)
+    scores = torch.zeros(len(queries), num_rows, dtype=torch.float64)
+    for inside, outside, alpha in machines:
+        n_ridge, K_S, K_zS = len(inside) * ridge, K_rows[inside[:, None], inside], K_rows[outside[:, None], inside]
+        curvature = _curvature(K_S, K_S @ alpha, task, ridge)
+        r, w = _response(K_zS @ alpha, train.y[outside], task)
+        leverage = w * (K_rows.diagonal()[outside] - curvature.explained(K_zS.T)) / n_ridge
+        for some in torch.arange(len(queries)).split(QUERIES_AT_ONCE):
+            K_q, s = K_queries[:, some], slopes[:, :, some]
+            k = K_q[outside] * s - K_zS @ curvature.solve(K_q[inside] * s)  # (output, z, query)
+            effects = torch.einsum("zo,ozq->qz", r, k) / n_ridge / (1 + leverage)
+            scores[some[:, None], outside] -= effects.double() / splits
     return scores.numpy()
 
 
-def _fit(K_S: Tensor, K_S_point: Tensor, y: Tensor, task: Task, num_outputs: int, ridge: float) -> Machine:
+def _splits(num_rows: int, splits: int, *, seed: int) -> Iterator[tuple[Int[Tensor, " inside"], Int[Tensor, " outside"]]]:
+    random = np.random.default_rng(seed)
+    for _ in range(splits):
+        first, second = torch.from_numpy(random.permutation(num_rows)).chunk(HALVES)
+        yield first, second
+        yield second, first
+
+
+def _fit(K_S: Tensor, y: Tensor, task: Task, num_outputs: int, ridge: float) -> Float[Tensor, "row output"]:
     if isinstance(task, Classification):
-        return fit_softmax(K_S, y, K_S_point, ridge=ridge, num_classes=num_outputs)
-    return fit_squares(K_S, y.reshape(len(y), -1).to(K_S.dtype), K_S_point, ridge=ridge)
+        return fit_softmax(K_S, y, ridge=ridge, num_classes=num_outputs)
+    return fit_squares(K_S, y.reshape(len(y), -1).to(K_S.dtype), ridge=ridge)
 
 
-def _response(f: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+def _curvature(K_S: Tensor, f: Tensor, task: Task, ridge: float) -> RowCurvature | SoftmaxCurvature:
+    if isinstance(task, Classification):
+        return SoftmaxCurvature(K_S, f, ridge=ridge)
+    return RowCurvature(K_S, torch.full_like(f[:, 0], 2.0), ridge=ridge)
+
+
+def _response(f: Tensor, y: Tensor, task: Task) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
     if isinstance(task, Classification):
         return softmax_response(f, y)
     return square_response(f, y.reshape(len(y), -1).to(f.dtype))
