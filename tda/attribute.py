@@ -5,28 +5,27 @@ from dataclasses import replace
 
 from tda.data import Data
 from tda.fitted import Fitted, Settings
-from tda.methods import METHODS
+from tda.methods import named
 from tda.scores import Scores
 from tda.task import Task
 from tda.trajectory import Run
 
 
 def attribute(method: str, runs: Run | Sequence[Run], task: Task, train: Data, queries: Data, **settings: object) -> Scores:
-    """Scores of `train` for `queries` by `method`, one of `METHODS`; of several runs on the same data, their mean.
+    """Scores of `train` for `queries` by `method`, one of `METHODS` or several joined by +; of several runs, their mean.
 
     Positive: training on the row is predicted to lower the query's cost (`task.costs`). `settings` are those of `Settings`.
 
     Raises:
         ValueError: the method or a setting is unknown, or run and data do not go together.
     """
-    if method not in METHODS:
-        raise ValueError(f"attribute: unknown method {method!r}; known are {', '.join(METHODS)}")
+    score = named(method, where="attribute")
     runs = [runs] if isinstance(runs, Run) else list(runs)
     if not runs:
         raise ValueError("attribute: no run; expected one or more")
     chosen = Settings.of(**settings)
     values = sum(
-        METHODS[method](Fitted(run, task, train, queries, replace(chosen, seed=chosen.seed + number)))  # draws of its own
+        score(Fitted(run, task, train, queries, replace(chosen, seed=chosen.seed + number)))  # draws of its own
         for number, run in enumerate(runs)
     ) / len(runs)
     return Scores(values, queries.ids, train.ids)

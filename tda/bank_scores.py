@@ -22,8 +22,9 @@ from tda.make_bank import num_processes
 from tda.parallel import worker_pool
 from tda.recipe import Recipe
 from tda.run_files import load_run, read_run_facts, save_run
+from tda.scores import ENSEMBLE, ensemble
 from tda.trajectory import Run
-from tda.usage import Usage, measured
+from tda.usage import Usage, in_turn, measured
 
 NUM_CHECKPOINTS = 6
 TRAINING_CODE = ("bank_training.py", "losses.py", "task.py", "trajectory.py")
@@ -31,11 +32,17 @@ TRAINING_CODE = ("bank_training.py", "losses.py", "task.py", "trajectory.py")
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with settings of its own, as `source:adam=symmetric:num_segments=2`."""
+    """A method, or several joined by +, with settings of its own, as `source:adam=symmetric:num_segments=2`."""
 
     label: str
     method: str
     settings: dict[str, object]
+
+    @property
+    def members(self) -> list["Variant"]:
+        """The methods of an ensemble one by one; itself if it is none."""
+        of_settings = self.label.removeprefix(self.method)
+        return [Variant(name + of_settings, name, self.settings) for name in self.method.split(ENSEMBLE)]
 
 
 def parse_variant(text: str) -> Variant:
@@ -45,11 +52,10 @@ def parse_variant(text: str) -> Variant:
         ValueError: there is no such method or setting.
     """
     from tda.fitted import Settings
-    from tda.methods import METHODS
+    from tda.methods import named
 
     method, *pairs = text.split(":")
-    if method not in METHODS:
-        raise ValueError(f"--methods: unknown method {method!r}; known are {', '.join(METHODS)}")
+    named(method, where="--methods")
     settings = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -75,6 +81,12 @@ class Scored:
 
     values: np.ndarray  # (query, row), or (row) of rows for themselves
     usage: Usage
+
+
+def _together(members: Sequence[Scored]) -> Scored:
+    if len(members) == 1:
+        return members[0]
+    return Scored(ensemble([one.values for one in members]), in_turn([one.usage for one in members]))
 
 
 @dataclass(frozen=True)
@@ -126,16 +138,23 @@ class RunStore:
         self._each(work, missing, "training the models to attribute", "run")
 
     def scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
-        """By variant, its (query, row) scores of every seed's run; made where they are missing, runs too."""
+        """By variant, its (query, row) scores of every seed's run; made where they are missing, runs too.
+
+        An ensemble is made of its members' scores, which are worked out once, and costs what they cost.
+        """
         from tda.attribute import attribute
 
         train, queries = self.data.train(self.recipe), self.data.queries(self.recipe)
-        return self._made(
-            "",
-            variants,
-            seeds,
-            lambda run, variant, settings: attribute(variant.method, run, self.recipe.task, train, queries, **settings).values,
-        )
+
+        def work(run: Run, variant: Variant, settings: dict) -> np.ndarray:
+            return attribute(variant.method, run, self.recipe.task, train, queries, **settings).values
+
+        members = {member.label: member for variant in variants for member in variant.members}
+        made = self._made("", list(members.values()), seeds, work)
+        return {
+            variant.label: [_together(runs) for runs in zip(*(made[member.label] for member in variant.members), strict=True)]
+            for variant in variants
+        }
 
     def self_scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
         """By variant, the (row,) score of every row for itself, of every seed's run."""

@@ -41,8 +41,8 @@ class Settings:
     damping_scale: float = 4.0  # averaged_influence: of 1/(eta_bar K)
     rounds: int = 3  # averaged_influence: of block Krylov
     solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
-    ridge_scale: float = 2.5  # surrogate: in 2/(eta_bar K) + weight decay
-    splits: int = 4  # surrogate: random splits of the rows in two halves
+    ridge_scale: float = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 of a classifier, 1 of a regression
+    splits: int = 0  # surrogate: random splits of the rows in two halves; 0: 4 of a classifier, 16 of a regression
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
     iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
     solver_damping: float = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)

@@ -11,6 +11,8 @@ with H the Hessian of the rows' losses in their outputs. That is exact for a squ
 A `RowCurvature` has one number per row for H; `SoftmaxCurvature` is that of a classifier, whose outputs the Hessian couples.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,45 +21,65 @@ from torch.nn import functional as F
 MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 
 
-def fit_squares(K_S: Float[Tensor, "row row"], y: Float[Tensor, "row output"], *, ridge: float) -> Float[Tensor, "row output"]:
-    """The machine of the squared error, whose second derivative is 2: kernel ridge regression."""
-    return torch.cholesky_solve(y, torch.linalg.cholesky(_shifted(K_S, len(K_S) * ridge / 2)))
+@dataclass(frozen=True)
+class SquaresMachine:
+    """Machines of the squared error, whose second derivative is 2: kernel ridge regression."""
+
+    ridge_scale: float = 1.0  # of what training implies (`surrogate.py`): what follows is exact
+    splits: int = 16  # one matrix to factorise for every half
+
+    def fit(self, K_S: Float[Tensor, "row row"], y: Float[Tensor, "row ..."], *, ridge: float) -> Float[Tensor, "row output"]:
+        """The coefficients of the minimum."""
+        y = y.reshape(len(y), -1).to(K_S.dtype)
+        return torch.cholesky_solve(y, torch.linalg.cholesky(_shifted(K_S, len(K_S) * ridge / 2)))
+
+    def response(
+        self, f: Float[Tensor, "row output"], y: Float[Tensor, "row ..."]
+    ) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
+        """Residuals and curvatures of rows."""
+        return 2 * (y.reshape(f.shape).to(f.dtype) - f), torch.full_like(f[:, 0], 2.0)
+
+    def curvature(self, K_S: Float[Tensor, "row row"], f: Float[Tensor, "row output"], *, ridge: float) -> "RowCurvature":
+        """The curvature of the rows of a machine."""
+        return RowCurvature(K_S, torch.full_like(f[:, 0], 2.0), ridge=ridge)
 
 
-def fit_softmax(
-    K_S: Float[Tensor, "row row"], y: Int[Tensor, " row"], *, ridge: float, num_classes: int
-) -> Float[Tensor, "row output"]:
-    """The machine of the cross-entropy, by accelerated steps on its quadratic bound of curvature 1/2 (Boehning 1992)."""
-    n_ridge = len(K_S) * ridge
-    onehot = F.one_hot(y, num_classes).to(K_S.dtype)
-    factor = torch.linalg.cholesky(_shifted(K_S, 2 * n_ridge))
-    alpha = torch.zeros_like(onehot)
-    before, weight = alpha, 1.0
-    for _ in range(MAX_ITERATIONS):
-        following = (1 + (1 + 4 * weight**2) ** 0.5) / 2
-        ahead = alpha + (weight - 1) / following * (alpha - before)
-        gradient = (K_S @ ahead).softmax(dim=1) - onehot + n_ridge * ahead
-        before, alpha, weight = alpha, ahead - 2 * torch.cholesky_solve(gradient, factor), following
-        if n_ridge * (alpha - before).abs().max() < TOLERANCE:
-            break
-    return alpha
+@dataclass(frozen=True)
+class SoftmaxMachine:
+    """Machines of the cross-entropy; see `SquaresMachine`."""
 
+    num_classes: int
+    ridge_scale: float = 2.5  # one Newton step goes too far where rows are learned by heart (EXPERIMENTS.md, 2026-11-25)
+    splits: int = 4  # a matrix to factorise for every class of every half
 
-def square_response(
-    f: Float[Tensor, "row output"], y: Float[Tensor, "row output"]
-) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
-    """Residuals and curvatures of rows under the squared error."""
-    return 2 * (y - f), torch.full_like(f[:, 0], 2.0)
+    def fit(self, K_S: Float[Tensor, "row row"], y: Int[Tensor, " row"], *, ridge: float) -> Float[Tensor, "row output"]:
+        """The coefficients, by accelerated steps on the loss's quadratic bound of curvature 1/2 (Boehning 1992)."""
+        n_ridge = len(K_S) * ridge
+        onehot = F.one_hot(y, self.num_classes).to(K_S.dtype)
+        factor = torch.linalg.cholesky(_shifted(K_S, 2 * n_ridge))
+        alpha = torch.zeros_like(onehot)
+        before, weight = alpha, 1.0
+        for _ in range(MAX_ITERATIONS):
+            following = (1 + (1 + 4 * weight**2) ** 0.5) / 2
+            ahead = alpha + (weight - 1) / following * (alpha - before)
+            gradient = (K_S @ ahead).softmax(dim=1) - onehot + n_ridge * ahead
+            before, alpha, weight = alpha, ahead - 2 * torch.cholesky_solve(gradient, factor), following
+            if n_ridge * (alpha - before).abs().max() < TOLERANCE:
+                break
+        return alpha
 
+    def response(
+        self, f: Float[Tensor, "row output"], y: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
+        """Residuals of rows, and the curvature of each along its residual."""
+        p = f.softmax(dim=1)
+        r = F.one_hot(y, self.num_classes).to(f.dtype) - p
+        along = (p * r.square()).sum(dim=1) - (p * r).sum(dim=1).square()
+        return r, along / r.square().sum(dim=1).clamp_min(torch.finfo(f.dtype).tiny)
 
-def softmax_response(
-    f: Float[Tensor, "row output"], y: Int[Tensor, " row"]
-) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
-    """Residuals of rows under the cross-entropy, and the curvature of each along its residual."""
-    p = f.softmax(dim=1)
-    r = F.one_hot(y, f.shape[1]).to(f.dtype) - p
-    along = (p * r.square()).sum(dim=1) - (p * r).sum(dim=1).square()
-    return r, along / r.square().sum(dim=1).clamp_min(torch.finfo(f.dtype).tiny)
+    def curvature(self, K_S: Float[Tensor, "row row"], f: Float[Tensor, "row output"], *, ridge: float) -> "SoftmaxCurvature":
+        """The curvature of the rows of a machine."""
+        return SoftmaxCurvature(K_S, f, ridge=ridge)
 
 
 class RowCurvature:

@@ -1,7 +1,7 @@
 """Attribution methods, each a function of a fitted run that gives (query, row) scores: positive helps the query.
 
-Scores of SOURCE, influence functions and replay are the predicted rise of the query's mean cost per term when the row is left out
-of training; those of the others have no unit.
+Scores of SOURCE, influence functions, surrogate and replay are the predicted rise of the query's mean cost per term when the row
+is left out of training; those of the others have no unit. `a+b` names the ensemble of two methods, or of more.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tda.influence import precondition
 from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
 from tda.preconditioner import DiagonalCurvature, plain
 from tda.replay import replay_scores
-from tda.scores import cosines, source_values
+from tda.scores import ENSEMBLE, cosines, ensemble, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import SegmentDynamics
 from tda.surrogate import surrogate_scores
@@ -230,3 +230,18 @@ METHODS: dict[str, Method] = {
     "bm25": bm25,
     "random": random,
 }
+
+
+def named(name: str, *, where: str) -> Method:
+    """The method of that name; of several joined by +, their ensemble.
+
+    Raises:
+        ValueError: there is no such method; it begins with `where`, who asks.
+    """
+    members = name.split(ENSEMBLE)
+    for member in members:
+        if member not in METHODS:
+            raise ValueError(f"{where}: unknown method {member!r}; known are {', '.join(METHODS)}, and any of them joined by +")
+    if len(members) == 1:
+        return METHODS[name]
+    return lambda run: ensemble([METHODS[member](run) for member in members])

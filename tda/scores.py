@@ -13,6 +13,7 @@ from tda.projection import Projection
 from tda.segments import Segment
 from tda.source import Dynamics, Gradients, walk_back
 
+ENSEMBLE = "+"  # joins the names of methods whose scores are averaged
 Dot = Callable[[Segment, int, Gradients], np.ndarray]
 """`dot(segment, checkpoint, response)`: (document, query) dot products of a response to queries, of whatever shape the segment's
 factors have, with the gradients of the documents' summed losses at one of the segment's checkpoints."""
@@ -66,3 +67,13 @@ def cosines(dots: np.ndarray, row_norms: np.ndarray, query: Float[Tensor, "query
     """(document, query) dot products divided by both norms; 0 where a norm is 0."""
     norms = row_norms[:, None] * torch.linalg.vector_norm(query, dim=1).double().numpy()
     return np.divide(dots, norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+def ensemble(members: Sequence[np.ndarray]) -> np.ndarray:
+    """(query, document) mean of methods' scores, each scaled to the mean of their spreads over the query's documents.
+
+    So every method has an equal say in the order of a query's documents, whatever its unit.
+    """
+    spreads = np.stack([values.std(axis=1, keepdims=True) for values in members])
+    scales = np.divide(spreads.mean(axis=0), spreads, out=np.ones_like(spreads), where=spreads > 0)
+    return np.mean([scale * values for scale, values in zip(scales, members, strict=True)], axis=0)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tda.data import Examples, TensorBatch
 from tda.fitted import Fitted
 from tda.kernel import Roots, rank_one_roots, tangent_kernel
-from tda.kernel_machine import RowCurvature, SoftmaxCurvature, fit_softmax, fit_squares, softmax_response, square_response
+from tda.kernel_machine import SoftmaxMachine, SquaresMachine
 from tda.task import Classification, Regression, Task
 
 HALVES = 2  # of every split
@@ -45,14 +45,16 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
             "rows; use source, which takes every task"
         )
     K, num_outputs = path_kernel(run)
+    machine = SoftmaxMachine(num_outputs) if isinstance(task, Classification) else SquaresMachine()
+    implied = 2 / float(run.rates.sum()) + run.run.optimizer.weight_decay
     return retrained_effects(
         K,
         train,
         queries,
         task=task,
-        num_outputs=num_outputs,
-        ridge=run.settings.ridge_scale * (2 / float(run.rates.sum()) + run.run.optimizer.weight_decay),
-        splits=run.settings.splits,
+        machine=machine,
+        ridge=(run.settings.ridge_scale or machine.ridge_scale) * implied,
+        splits=run.settings.splits or machine.splits,
         seed=run.settings.seed,
     )
 
@@ -88,7 +90,7 @@ def retrained_effects(
     queries: Examples,
     *,
     task: Task,
-    num_outputs: int,
+    machine: SquaresMachine | SoftmaxMachine,
     ridge: float,
     splits: int,
     seed: int,
@@ -98,15 +100,15 @@ def retrained_effects(
     K_rows, K_queries = K[:num_rows, :num_rows], K[:num_rows, num_rows:]
     machines = []
     for inside, outside in _splits(num_rows, splits, seed=seed):
-        alpha = _fit(K_rows[inside[:, None], inside], train.y[inside], task, num_outputs, ridge)
+        alpha = machine.fit(K_rows[inside[:, None], inside], train.y[inside], ridge=ridge)
         machines.append((inside, outside, alpha))
     of_cost = [_cost_slopes(K_queries[inside].T @ alpha, queries, task) for inside, _outside, alpha in machines]
     slopes = torch.stack(of_cost).mean(dim=0).T[:, None]  # (output, 1, query)
     scores = torch.zeros(len(queries), num_rows, dtype=torch.float64)
     for inside, outside, alpha in machines:
         n_ridge, K_S, K_zS = len(inside) * ridge, K_rows[inside[:, None], inside], K_rows[outside[:, None], inside]
-        curvature = _curvature(K_S, K_S @ alpha, task, ridge)
-        r, w = _response(K_zS @ alpha, train.y[outside], task)
+        curvature = machine.curvature(K_S, K_S @ alpha, ridge=ridge)
+        r, w = machine.response(K_zS @ alpha, train.y[outside])
         leverage = w * (K_rows.diagonal()[outside] - curvature.explained(K_zS.T)) / n_ridge
         for some in torch.arange(len(queries)).split(QUERIES_AT_ONCE):
             K_q, s = K_queries[:, some], slopes[:, :, some]
@@ -122,24 +124,6 @@ def _splits(num_rows: int, splits: int, *, seed: int) -> Iterator[tuple[Int[Tens
         first, second = torch.from_numpy(random.permutation(num_rows)).chunk(HALVES)
         yield first, second
         yield second, first
-
-
-def _fit(K_S: Tensor, y: Tensor, task: Task, num_outputs: int, ridge: float) -> Float[Tensor, "row output"]:
-    if isinstance(task, Classification):
-        return fit_softmax(K_S, y, ridge=ridge, num_classes=num_outputs)
-    return fit_squares(K_S, y.reshape(len(y), -1).to(K_S.dtype), ridge=ridge)
-
-
-def _curvature(K_S: Tensor, f: Tensor, task: Task, ridge: float) -> RowCurvature | SoftmaxCurvature:
-    if isinstance(task, Classification):
-        return SoftmaxCurvature(K_S, f, ridge=ridge)
-    return RowCurvature(K_S, torch.full_like(f[:, 0], 2.0), ridge=ridge)
-
-
-def _response(f: Tensor, y: Tensor, task: Task) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
-    if isinstance(task, Classification):
-        return softmax_response(f, y)
-    return square_response(f, y.reshape(len(y), -1).to(f.dtype))
 
 
 def _cost_slopes(f: Float[Tensor, "query output"], queries: Examples, task: Task) -> Float[Tensor, "query output"]:

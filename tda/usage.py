@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,15 @@ def measured() -> Iterator[Usage]:
     usage.cpu_seconds = time.process_time() - began
     usage.peak_mib = _mib("VmHWM")
     usage.peak_rise_mib = max(0.0, usage.peak_mib - before)
+
+
+def in_turn(parts: Sequence[Usage]) -> Usage:
+    """What works take that are done one after the other."""
+    return Usage(
+        cpu_seconds=sum(part.cpu_seconds for part in parts),
+        peak_mib=max(part.peak_mib for part in parts),
+        peak_rise_mib=max(part.peak_rise_mib for part in parts),
+    )
 
 
 def _mib(field: str) -> float:

@@ -74,7 +74,12 @@ def test_lds(classes, folder, capsys):
         "source",
         "surrogate",
         "averaged_influence",
+        "surrogate+averaged_influence",
     }
+    together = result["methods"]["surrogate+averaged_influence"]
+    members = [result["methods"][name] for name in ("surrogate", "averaged_influence")]
+    assert together["cpu_seconds"] == pytest.approx(sum(member["cpu_seconds"] for member in members))
+    assert together["peak_mib"] == max(member["peak_mib"] for member in members)
     source, ekfac = result["methods"]["source"], result["methods"]["ekfac_influence"]
     assert source["single"]["mean"] == pytest.approx(np.mean(source["single"]["by_seed"]))
     assert source["single"]["low"] < source["single"]["mean"] < source["single"]["high"]

@@ -11,6 +11,7 @@ from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
 from tda.fitted import Fitted, Settings
 from tda.losses import draw
 from tda.methods import METHODS
+from tda.scores import ensemble
 from tda.task import CausalLM, Classification, Regression
 from tda.trajectory import Recorder
 from tests.helpers import dense_gradient, random_documents, tiny_llama
@@ -121,6 +122,24 @@ def test_every_method_scores_every_model(kind, optimizer, method):
     assert np.abs(scores.values).max() > 0
     twice = attribute(method, run, task, train, queries, num_segments=2, iterations=2)
     assert np.array_equal(scores.values, twice.values)
+
+
+def test_an_ensemble_gives_every_member_an_equal_say_on_every_query():
+    """Whatever a member's unit: ten times its scores change the ensemble's unit alone."""
+    run, task, train, queries = setting("classification")
+    members = [attribute(name, run, task, train, queries).values for name in ("source", "gradient_dot", "surrogate")]
+    together = attribute("source+gradient_dot+surrogate", run, task, train, queries).values
+    spreads = [values.std(axis=1) for values in members]
+    for query in range(3):
+        equal = sum(values[query] / spread[query] for values, spread in zip(members, spreads, strict=True)) / 3
+        assert np.allclose(together[query], equal * np.mean([spread[query] for spread in spreads]))
+    larger = ensemble([10 * members[0], *members[1:]])
+    assert np.allclose(larger / larger.std(axis=1, keepdims=True), together / together.std(axis=1, keepdims=True))
+
+
+def test_an_ensemble_with_a_member_that_says_nothing_is_what_the_others_say():
+    said, silent = np.array([[1.0, -2.0, 4.0]]), np.zeros((1, 3))
+    assert np.allclose(ensemble([said, silent]), said / 4)  # half of it, in half the spread
 
 
 SAMPLED = ("source", "fast_source", "source_cg", "ekfac_influence", "cg")  # labels of curvature are drawn afresh in other batches

@@ -71,12 +71,17 @@ def test_a_variant_of_a_method():
     variant = parse_variant("source:num_segments=2:damping=0.5:adam=symmetric")
     assert (variant.method, variant.settings) == ("source", {"num_segments": 2, "damping": 0.5, "adam": "symmetric"})
     assert parse_variant("random").settings == {}
+    assert variant.members == [variant]
+    both = parse_variant("surrogate+tracin:num_segments=2")
+    assert both.members == [parse_variant("surrogate:num_segments=2"), parse_variant("tracin:num_segments=2")]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sauce", "--methods: unknown method 'sauce'; known are gradient_dot"),
+        ("source+sauce", "--methods: unknown method 'sauce'; known are gradient_dot.* and any of them joined by +"),
+        ("source+", "--methods: unknown method ''; known are gradient_dot"),
         ("source:adam", "--methods: source:adam: expected METHOD:SETTING=VALUE; got 'adam'"),
         ("source:segments=3", "unknown settings segments; known are num_segments"),
     ],

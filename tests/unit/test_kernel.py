@@ -14,7 +14,7 @@ from tda.fitted import Fitted, Settings
 from tda.ggn import pack
 from tda.iterative import block_krylov
 from tda.kernel import rank_one_roots, tangent_kernel
-from tda.kernel_machine import RowCurvature, SoftmaxCurvature, fit_softmax, fit_squares, softmax_response, square_response
+from tda.kernel_machine import RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
 from tda.surrogate import path_kernel, retrained_effects
 from tda.task import CausalLM, Classification, Regression
 from tda.trajectory import at_mean, averaged
@@ -80,11 +80,11 @@ def minimised(K: torch.Tensor, loss, outputs: int, ridge: float) -> torch.Tensor
 def test_machines_are_the_minimum_of_what_they_say():
     K, ridge = kernel(14, rank=5), 0.3
     y = torch.arange(10) % 3
-    alpha = fit_softmax(K[:10, :10], y, ridge=ridge, num_classes=3)
+    alpha = SoftmaxMachine(3).fit(K[:10, :10], y, ridge=ridge)
     expected = minimised(K[:10, :10], lambda f: F.cross_entropy(f, y), 3, ridge)
     torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=2e-3, rtol=0)  # stops where a step is below 1e-3
     values = torch.randn(10, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    alpha = fit_squares(K[:10, :10], values, ridge=ridge)
+    alpha = SquaresMachine().fit(K[:10, :10], values, ridge=ridge)
     expected = minimised(K[:10, :10], lambda f: (f - values).square().sum() / 10, 2, ridge)
     torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=1e-6, rtol=1e-6)
 
@@ -132,29 +132,32 @@ def test_adding_a_row_moves_a_squared_machine_by_exactly_what_is_said():
     """The sum over rows is kept at n: a machine on n + 1 rows with the ridge n/(n + 1)."""
     K, y, ridge = kernel(9, rank=4), torch.randn(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), 0.2
     z, q = 6, [7, 8]
-    alpha, curvature = fit_squares(K[:6, :6], y[:6], ridge=ridge), RowCurvature(K[:6, :6], torch.full((6,), 2.0), ridge=ridge)
-    r, w = square_response(K[[z], :6] @ alpha, y[[z]])
+    alpha, curvature = (
+        SquaresMachine().fit(K[:6, :6], y[:6], ridge=ridge),
+        RowCurvature(K[:6, :6], torch.full((6,), 2.0), ridge=ridge),
+    )
+    r, w = SquaresMachine().response(K[[z], :6] @ alpha, y[[z]])
     k = (K[q, z] - K[q, :6] @ curvature.solve(K[:6, z][None, :, None])[0, :, 0]) / (6 * ridge)
     along = (K[z, z] - curvature.explained(K[:6, [z]])) / (6 * ridge)
     larger = [*range(6), z]
-    refitted = fit_squares(K[larger][:, larger], y[larger], ridge=ridge * 6 / 7)
+    refitted = SquaresMachine().fit(K[larger][:, larger], y[larger], ridge=ridge * 6 / 7)
     torch.testing.assert_close(K[q, :6] @ alpha + k[:, None] * r / (1 + w * along), K[q][:, larger] @ refitted)
 
 
 def test_adding_a_row_moves_a_softmax_machine_nearly_by_what_is_said():
     K, ridge, q = kernel(40, rank=6, seed=3), 0.5, [36, 37, 38, 39]
     y = torch.arange(40) % 3
-    alpha = fit_softmax(K[:30, :30], y[:30], ridge=ridge, num_classes=3)
+    alpha = SoftmaxMachine(3).fit(K[:30, :30], y[:30], ridge=ridge)
     f = K[:30, :30] @ alpha
     curvature = SoftmaxCurvature(K[:30, :30], f, ridge=ridge)
     said, real = [], []
     for z in range(30, 36):
-        r, w = softmax_response(K[[z], :30] @ alpha, y[[z]])
+        r, w = SoftmaxMachine(3).response(K[[z], :30] @ alpha, y[[z]])
         known = curvature.by_hessian(K[:30, z][None, :, None] * r.T[:, None])[:, :, 0]  # (output, row)
         along = (K[z, z] - curvature.explained(K[:30, [z]])) / (30 * ridge)
         said.append((K[q, z][:, None] * r - K[q, :30] @ known.T) / (30 * ridge) / (1 + w * along))
         larger = [*range(30), z]
-        refitted = fit_softmax(K[larger][:, larger], y[larger], ridge=ridge * 30 / 31, num_classes=3)
+        refitted = SoftmaxMachine(3).fit(K[larger][:, larger], y[larger], ridge=ridge * 30 / 31)
         real.append(K[q][:, larger] @ refitted - K[q, :30] @ alpha)
     said, real = torch.stack(said).flatten(), torch.stack(real).flatten()
     assert torch.corrcoef(torch.stack([said, real]))[0, 1] > 0.99  # one Newton step, along the residual
@@ -165,17 +168,17 @@ def test_surrogate_scores_are_the_mean_effect_of_adding_a_row_to_halves():
     held = fitted("regression")
     K = kernel(15, rank=5, seed=4)
     scores = retrained_effects(
-        K, held.train, held.queries, task=Regression("squared_error"), num_outputs=2, ridge=0.4, splits=3, seed=7
+        K, held.train, held.queries, task=Regression("squared_error"), machine=SquaresMachine(), ridge=0.4, splits=3, seed=7
     )
     random, expected, slopes, effects = np.random.default_rng(7), np.zeros((3, 12)), [], []
     for _ in range(3):
         order = random.permutation(12)
         for inside, outside in ((order[:6], order[6:]), (order[6:], order[:6])):
-            before = K[12:, inside] @ fit_squares(K[inside][:, inside], held.train.y[inside], ridge=0.4)
+            before = K[12:, inside] @ SquaresMachine().fit(K[inside][:, inside], held.train.y[inside], ridge=0.4)
             slopes.append(2 * (before - held.queries.y))
             for z in outside:
                 larger = [*inside, z]
-                after = K[12:, larger] @ fit_squares(K[larger][:, larger], held.train.y[larger], ridge=0.4 * 6 / 7)
+                after = K[12:, larger] @ SquaresMachine().fit(K[larger][:, larger], held.train.y[larger], ridge=0.4 * 6 / 7)
                 effects.append((z, after - before))
     mean_slope = torch.stack(slopes).mean(dim=0)
     for z, moved in effects:
@@ -189,11 +192,18 @@ def test_surrogate_scores_of_a_classifier_are_those_of_dense_matrices(monkeypatc
     held, K, ridge = fitted("classification"), kernel(15, rank=5, seed=5), 0.4
     num_classes = int(held.train.y.max()) + 1
     scores = retrained_effects(
-        K, held.train, held.queries, task=Classification("loss"), num_outputs=num_classes, ridge=ridge, splits=1, seed=3
+        K,
+        held.train,
+        held.queries,
+        task=Classification("loss"),
+        machine=SoftmaxMachine(num_classes),
+        ridge=ridge,
+        splits=1,
+        seed=3,
     )
     order = np.random.default_rng(3).permutation(12)
     halves = [(order[:6], order[6:]), (order[6:], order[:6])]
-    alphas = [fit_softmax(K[S][:, S], held.train.y[S], ridge=ridge, num_classes=num_classes) for S, _ in halves]
+    alphas = [SoftmaxMachine(num_classes).fit(K[S][:, S], held.train.y[S], ridge=ridge) for S, _ in halves]
     onehot = F.one_hot(held.queries.y, num_classes)
     slopes = sum((K[12:, S] @ alpha).softmax(dim=1) - onehot for (S, _), alpha in zip(halves, alphas, strict=True)) / 2
     expected = np.zeros((3, 12))
@@ -201,7 +211,7 @@ def test_surrogate_scores_of_a_classifier_are_those_of_dense_matrices(monkeypatc
         f = K[S][:, S] @ alpha
         exact, trace = (dense_hessians(f, trace=trace) for trace in (False, True))
         for z in outside:
-            r, w = softmax_response(K[[z]][:, S] @ alpha, held.train.y[[z]])
+            r, w = SoftmaxMachine(3).response(K[[z]][:, S] @ alpha, held.train.y[[z]])
             known = K[S, z][None, :, None] * torch.eye(num_classes, dtype=torch.float64)[:, None]
             by_trace = dense_solve(K[S][:, S], trace, 6 * ridge, known)
             solved = (dense_solve(K[S][:, S], exact, 6 * ridge, known) + by_trace) / 2  # (output, row, output of z)
