@@ -26,6 +26,7 @@ from tda.artifacts import whole, write_json
 from tda.bank import ceiling, load_bank
 from tda.bank_scores import RunStore, Scored, parse_variant
 from tda.data import Data, Documents
+from tda.evaluate_lds import BEST, REFERENCES, default_methods
 from tda.fitted import Fitted, Settings
 from tda.lds import MethodLDS, mean_over_queries, method_lds
 from tda.recipe import Recipe
@@ -36,7 +37,6 @@ from tda.usage import Usage
 
 DRIVERS = Path(__file__).parent / "peer_drivers"
 ENVIRONMENTS = ROOT / "build" / "peers"
-OURS = "ekfac_influence,source,averaged_influence,surrogate"
 OURSELVES = "ours"
 TORCH = "torch==2.13.0"
 NOT_NEEDED = ("torchvision", "torchaudio")  # no peer imports them; of another build than torch, they break transformers
@@ -186,7 +186,8 @@ def main(arguments: Sequence[str]) -> None:
     bank = load_bank(chosen.bank)
     store = RunStore(bank.data, bank.recipe, chosen.work, workers=1)
     seeds = range(chosen.seeds)
-    variants = [parse_variant(label) for label in chosen.methods.split(",")]
+    ours = chosen.methods.split(",") if chosen.methods else default_methods(bank, (*REFERENCES, *BEST))
+    variants = [parse_variant(label) for label in ours]
     scored = {f"ours {label}": runs for label, runs in store.scores(variants, seeds).items()}
     train, queries = bank.data.train(bank.recipe), bank.data.queries(bank.recipe)
     left_out = {}
@@ -221,7 +222,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bank", type=Path, help="ground truth, as `tda evaluate lds` reads it")
     parser.add_argument("--work", type=Path, default=Path("data/evaluate"), help="keeps runs and scores")
     parser.add_argument("--peers", default=",".join(PEERS), help="separated by commas; PEER:METHOD is one method of it")
-    parser.add_argument("--methods", default=OURS, help="ours, separated by commas")
+    parser.add_argument("--methods", help="ours, separated by commas; if none are named, the references and the best")
     parser.add_argument("--seeds", type=int, default=3, help="runs")
     parser.add_argument("--install", action="store_true", help="make the peers' environments first, below build/peers")
     return parser.parse_args(arguments)

@@ -15,11 +15,11 @@ BEST = ("averaged_influence", "surrogate", "surrogate+averaged_influence")
 REFERENCES = ("ekfac_influence", "source")  # what other methods are compared with
 
 
-def default_methods(bank: Bank) -> list[str]:
+def default_methods(bank: Bank, among: Sequence[str] = (*BASELINES, *REFERENCES, *BEST)) -> list[str]:
     """The methods to evaluate by LDS if none are named: baselines, references and the best, as they go with the data."""
     documents = isinstance(bank.data.queries(bank.recipe), Documents)
     left_out = "surrogate" if documents else "bm25"
-    return [name for name in (*BASELINES, *REFERENCES, *BEST) if left_out not in name]
+    return [name for name in among if left_out not in name]
 
 
 def evaluate_lds(bank: Bank, variants: Sequence[Variant], seeds: Sequence[int], *, store: RunStore, name: str) -> dict:
