@@ -20,13 +20,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from tda.data import Examples, TensorBatch
 from tda.fitted import Fitted
 from tda.kernel import Roots, rank_one_roots, tangent_kernel
 from tda.kernel_machine import SoftmaxMachine, SquaresMachine
-from tda.task import Classification, Regression, Task
+from tda.task import Classification, Regression
 
 HALVES = 2  # of every split
 QUERIES_AT_ONCE = 512
@@ -89,7 +89,7 @@ def retrained_effects(
     train: Examples,
     queries: Examples,
     *,
-    task: Task,
+    task: Classification | Regression,
     machine: SquaresMachine | SoftmaxMachine,
     ridge: float,
     splits: int,
@@ -126,9 +126,10 @@ def _splits(num_rows: int, splits: int, *, seed: int) -> Iterator[tuple[Int[Tens
         yield second, first
 
 
-def _cost_slopes(f: Float[Tensor, "query output"], queries: Examples, task: Task) -> Float[Tensor, "query output"]:
+def _cost_slopes(
+    f: Float[Tensor, "query output"], queries: Examples, task: Classification | Regression
+) -> Float[Tensor, "query output"]:
     """The derivative of every query's cost by its outputs."""
     f = f.detach().requires_grad_()
-    batch = TensorBatch(list(range(len(f))), f, queries.y)
-    total, _costs = task.costs(nn.Identity(), batch, weights=f.new_ones(len(f)))
-    return torch.autograd.grad(total, f)[0]
+    costs = task.output_costs(f, TensorBatch(list(range(len(f))), f, queries.y))
+    return torch.autograd.grad(costs.sum(), f)[0]

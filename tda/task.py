@@ -114,14 +114,8 @@ class CausalLM:
         return _margin_responses(outputs, batch.predictions[1])
 
 
-@dataclass(frozen=True)
-class Classification:
-    """Cross-entropy (nats) of `model(x)`, logits (example, class), against the class numbers `y`.
-
-    The cost is minus the margin log p/(1-p) of the true class, the loss, or minus the log-probability.
-    """
-
-    measurement: Measurement = "margin"
+class _OfExamples:
+    """What `Classification` and `Regression` share: all is a function of the model's outputs."""
 
     def losses(
         self,
@@ -133,19 +127,26 @@ class Classification:
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.losses`."""
-        logits = self.outputs(model, batch)
+        outputs = self.outputs(model, batch)
         if labels == "sampled":
-            uniform = torch.rand(len(logits), generator=generator, device=logits.device)
-            batch = replace(batch, y=draw(logits.detach().softmax(dim=1), uniform))
-        return _weighted(self.output_losses(logits, batch), weights)
+            batch = replace(batch, y=self.sampled(outputs.detach(), generator))
+        return _weighted(self.output_losses(outputs, batch), weights)
 
     def costs(
         self, model: nn.Module, batch: TensorBatch, *, weights: Float[Tensor, " example"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.costs`."""
-        if self.measurement != "margin":
-            return self.losses(model, batch, weights=weights)
-        return _weighted(-margins(self.outputs(model, batch), batch.y), weights)
+        return _weighted(self.output_costs(self.outputs(model, batch), batch), weights)
+
+
+@dataclass(frozen=True)
+class Classification(_OfExamples):
+    """Cross-entropy (nats) of `model(x)`, logits (example, class), against the class numbers `y`.
+
+    The cost is minus the margin log p/(1-p) of the true class, the loss, or minus the log-probability.
+    """
+
+    measurement: Measurement = "margin"
 
     def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
         """Logits. See `Task.outputs`."""
@@ -155,6 +156,14 @@ class Classification:
         """See `Task.output_losses`."""
         return logit_losses(outputs, batch.y, None)
 
+    def output_costs(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
+        """The cost of every example, as a function of its outputs."""
+        return -margins(outputs, batch.y) if self.measurement == "margin" else self.output_losses(outputs, batch)
+
+    def sampled(self, outputs: Float[Tensor, "term output"], generator: torch.Generator | None) -> Int[Tensor, " term"]:
+        """Targets drawn from the model's own distribution."""
+        return draw(outputs.softmax(dim=1), torch.rand(len(outputs), generator=generator, device=outputs.device))
+
     def responses(
         self, outputs: Float[Tensor, "term output"], batch: TensorBatch
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
@@ -163,36 +172,13 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(_OfExamples):
     """Squared error of `model(x)` against `y`, both (example, ...), summed over the outputs of an example.
 
     The cost is that, or the summed absolute error.
     """
 
     measurement: RegressionMeasurement = "absolute_error"
-
-    def losses(
-        self,
-        model: nn.Module,
-        batch: TensorBatch,
-        *,
-        weights: Float[Tensor, " example"] | None = None,
-        labels: Labels = "true",
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
-        """See `Task.losses`. The square of an error is minus the log-likelihood of a Gaussian of variance 1/2."""
-        predicted = self.outputs(model, batch)
-        if labels == "sampled":
-            noise = torch.randn(predicted.shape, generator=generator, device=predicted.device, dtype=predicted.dtype) * 0.5**0.5
-            batch = replace(batch, y=predicted.detach() - noise)
-        return _weighted(self.output_losses(predicted, batch), weights)
-
-    def costs(
-        self, model: nn.Module, batch: TensorBatch, *, weights: Float[Tensor, " example"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
-        """See `Task.costs`."""
-        errors = _errors(self.outputs(model, batch), batch)
-        return _weighted((errors.abs() if self.measurement == "absolute_error" else errors.square()).sum(dim=1), weights)
 
     def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
         """Predictions. See `Task.outputs`.
@@ -211,6 +197,16 @@ class Regression:
     def output_losses(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
         """See `Task.output_losses`."""
         return _errors(outputs, batch).square().sum(dim=1)
+
+    def output_costs(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
+        """The cost of every example, as a function of its outputs."""
+        errors = _errors(outputs, batch)
+        return (errors.abs() if self.measurement == "absolute_error" else errors.square()).sum(dim=1)
+
+    def sampled(self, outputs: Float[Tensor, "term output"], generator: torch.Generator | None) -> Float[Tensor, "term output"]:
+        """Targets drawn from the model's own distribution: a squared error is minus the log-likelihood of variance 1/2."""
+        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
+        return outputs - 0.5**0.5 * noise
 
     def responses(
         self, outputs: Float[Tensor, "term output"], batch: TensorBatch
