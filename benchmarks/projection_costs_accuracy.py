@@ -47,6 +47,7 @@ TARGET, KEPT = 4096, 0.9
 PSEUDO_QUERIES = 32
 PCA_COORDINATES = 8192  # of the eigenbasis, that principal components are combinations of
 FACTOR_RANKS = (16,)
+IDEAL, SMALLEST_IDEAL = "bound of independent coordinates, half-whitened", 1024
 BATCH_SIZES = {True: 1024, False: 64}  # tokens of documents, or examples: full gradients of as many rows are held
 
 
@@ -236,6 +237,16 @@ def low_rank(shapes: Sequence[tuple[int, int]], rank: int) -> Callable[[Tensor],
     return rounded
 
 
+def water_level(variances: Tensor, num_bits: float) -> float:
+    """The distortion D at which independent normal variables take so many bits: the sum of log2(v/D)/2 where v is above D."""
+    low, high = 0.0, float(variances.max())
+    for _halving in range(60):
+        level = (low + high) / 2
+        above = (variances / level).clamp_min(1).log2().sum() / 2 > num_bits
+        low, high = (level, high) if above else (low, level)
+    return high
+
+
 def coded(quantiser: Quantiser) -> Callable[[Tensor], Tensor]:
     return lambda values: quantiser.decode(*quantiser.encode(values))
 
@@ -359,6 +370,32 @@ class Schemes:
             int(start) + (outputs[layer.name][:, None] * layer.d_in + inputs[layer.group]).flatten()
             for start, layer in zip(starts, answer.layers, strict=False)
         ])
+
+    def ideal(self, num_bytes: int, *, kind: str) -> Scheme:
+        """What no code surpasses that takes half-whitened coordinates for independent normal variables (rate-distortion bound).
+
+        A coordinate of variance v comes out of such a code as (1 - D/v) of itself and noise of variance D (1 - D/v), D being
+        the water level (Cover and Thomas, section 10.3).
+        """
+        answer = self.answer
+        variance = (self.squares - self.mean.square()).clamp_min(1e-30) * answer.whitening.square()
+        left = 1 - (water_level(variance, 8 * num_bytes) / variance).clamp_max(1)
+        noise = (left * (1 - left) * variance).sqrt()
+        random = torch.Generator().manual_seed(0)
+
+        def out_of_the_code(values: Tensor) -> Tensor:
+            length = (values.square().sum(dim=1, keepdim=True) / variance.sum()).sqrt()  # of the row, in that of all rows
+            return left * values + length * noise * torch.randn(values.shape, generator=random)
+
+        return Scheme(
+            f"{kind}, {num_bytes} B",
+            kind,
+            num_bytes,
+            lambda R: R * answer.whitening,
+            answer.responses / answer.whitening,
+            out_of_the_code,
+            self.mean * answer.whitening,
+        )
 
     def sketched(self, num_bytes: int, *, share: float, kind: str) -> Scheme:
         """The largest coordinates, and of all that is left a count sketch: discarded directions are damped, not dropped."""
@@ -544,6 +581,8 @@ class Schemes:
                 dtype = "int8, scale per layer"
                 schemes.append(self.chosen(places, dtype, label=f"{kind}, {num_bytes} B", kind=kind, whitened=True))
             schemes.append(self.allotted(num_bytes, by="ekfac", kind="coordinates, bits by contribution"))
+            if num_bytes >= SMALLEST_IDEAL:
+                schemes.append(self.ideal(num_bytes, kind=IDEAL))
         for by in ("solved", "eigenvalues"):
             places = largest_coordinates(answer.contributions[by], coordinates_in(TARGET, "int8, scale per layer", answer))
             label = f"coordinates int8, half-whitened, chosen by {by}, {TARGET} B"
@@ -662,6 +701,7 @@ def _interval(value: dict) -> str:
 
 
 CURVES = {  # kind: words
+    IDEAL: "bound: independent normal coordinates",
     "components, bits by contribution": "principal components, bits by contribution",
     "coordinates, bits by contribution": "coordinates, bits by contribution",
     "coordinates 1 bit, half-whitened": "coordinates, 1 bit, half-whitened",
@@ -671,7 +711,7 @@ CURVES = {  # kind: words
     "pca fp16": "equal ranks, PCA, fp16",
     "random fp16": "equal ranks, random, fp16",
 }
-LOOKS = [(colour, "-") for colour in COLOURS[:5]] + [(BASELINE, dashes) for dashes in ("-", *DASHES)]
+LOOKS = [(INK, (0, (1, 1)))] + [(colour, "-") for colour in COLOURS[:5]] + [(BASELINE, dashes) for dashes in ("-", *DASHES)]
 
 
 def plot(result: dict, path: Path) -> None:
