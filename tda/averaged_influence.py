@@ -10,7 +10,7 @@ It differs from EK-FAC influence at the last checkpoint in three things (EXPERIM
 - Weights. One iterate is the expected one plus the noise of its last batches, which gradients and slopes of costs feel in full.
   The mean over a third of the run has little of it.
 - Curvature. The whole Gauss-Newton matrix of all tracked layers, P its optimizer's preconditioner, with SOURCE's damping, in
-  place of EK-FAC's blocks: all queries are solved together by block Krylov, from EK-FAC's answer, on a few rows.
+  place of EK-FAC's blocks: queries are solved together by block Krylov, from EK-FAC's answer, on a few rows.
 """
 
 import math
@@ -26,6 +26,7 @@ from tda.source import Gradients
 from tda.trajectory import Run, at_mean
 
 WINDOW = 1 / 3  # of the run, around the counterfactual's end
+BLOCK_VALUES = 2**26  # numbers of the queries that are solved together: about a dozen times as many are held
 
 
 def averaged_influence_scores(run: Fitted) -> np.ndarray:
@@ -53,7 +54,8 @@ def averaged_response(place: Fitted, query: Gradients) -> Gradients:
     def solve(curvature: DampedCurvature, q: Tensor) -> Tensor:
         return block_krylov(curvature.times(product), q, precondition=curvature.approximate_inverse, rounds=place.settings.rounds)
 
-    return respond(query, curvature, solve, queries_at_once=len(next(iter(query.values()))))
+    values = sum(layer.d_out * layer.d_in for layer in place.layers)
+    return respond(query, curvature, solve, queries_at_once=max(1, BLOCK_VALUES // values))
 
 
 def rows_under(place: Fitted, response: Gradients) -> np.ndarray:

@@ -92,7 +92,16 @@ def _intervals(axes: Axes, shown: Sequence[tuple[int, dict]], *, label: str, col
     axes.errorbar(means, places, xerr=errors, fmt="o", markersize=5.5, color=colour, elinewidth=1.8, label=label)
     for place, (_place, value) in zip(places, shown, strict=True):
         number = f"{value['mean']:.2f}".replace("-0.00", "0.00").replace("-", "−")
-        axes.annotate(number, (value["high"], place), (4, -0.5), textcoords="offset points", fontsize=8, color=INK, va="center")
+        axes.annotate(
+            number,
+            (value["high"], place),
+            (4, -0.5),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # the ceiling's line stops at a number
+        )
 
 
 def plot_curves(

@@ -38,18 +38,18 @@ def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Ro
 
     Round k adds every row's preconditioned residual to the space (block conjugate gradients, O'Leary 1980, without its short
     recurrence, which loses rank where queries are alike). A round costs what an iteration of conjugate gradients costs, and with
-    many rows is worth several: each row is also solved along the others' directions. Memory: 2 `rounds` tensors like `b`.
+    many rows is worth several: each row is also solved along the others' directions. Memory: 2 `rounds` tensors like `b`, and a
+    few more.
     """
-    x = torch.zeros_like(b)
-    r = b
-    searched: list[Tensor] = []
-    products: list[Tensor] = []
-    for _ in range(rounds):
-        searched.append(precondition(r))
-        products.append(product(searched[-1]))
-        S, AS = torch.cat(searched), torch.cat(products)
-        coordinates = _galerkin((S @ AS.T).double(), (S @ b.T).double()).to(b.dtype)
-        x, r = coordinates.T @ S, b - coordinates.T @ AS
+    x, r = torch.zeros_like(b), b
+    S = b.new_empty(rounds * len(b), b.shape[1])  # the directions
+    AS = torch.empty_like(S)
+    for before in range(0, len(S), len(b)):
+        seen = before + len(b)
+        S[before:seen] = precondition(r)
+        AS[before:seen] = product(S[before:seen])
+        coordinates = _galerkin((S[:seen] @ AS[:seen].T).double(), (S[:seen] @ b.T).double()).to(b.dtype)
+        x, r = coordinates.T @ S[:seen], b - coordinates.T @ AS[:seen]
     return x
 
 

@@ -286,6 +286,16 @@ def test_averaged_influence_without_curvature_is_a_dot_product_at_the_mean_weigh
     np.testing.assert_allclose(scores.values, expected, rtol=1e-5)
 
 
+def test_queries_that_are_too_large_to_be_held_together_are_solved_apart(monkeypatch):
+    run, task, train, queries = setting("classification")
+    alone = [attribute("averaged_influence", run, task, train, queries.select([query])).values[0] for query in range(3)]
+    together = attribute("averaged_influence", run, task, train, queries).values
+    monkeypatch.setattr("tda.averaged_influence.BLOCK_VALUES", 1)
+    apart = attribute("averaged_influence", run, task, train, queries).values
+    np.testing.assert_allclose(apart, np.stack(alone))
+    assert not np.allclose(apart, together, rtol=1e-6)  # three rounds do not reach the end: what others add is seen
+
+
 def test_mean_weights_are_those_of_the_steps_between_checkpoints():
     run, *_ = setting("classification", "adamw")
     one = at_mean(run, [1, 2])
