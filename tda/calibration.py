@@ -40,7 +40,7 @@ from tda.projection import random_projections
 from tda.target_influence import NUM_GROUPS, SOLVER_BATCH_TOKENS
 from tda.task import CausalLM
 from tda.train import Step, make_optimizer, mean_loss, save_checkpoint, train
-from tda.usage import measured
+from tda.usage import free_memory, measured
 
 PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries", "dots", "product")
 SECONDS = 0.4  # of one kind of pass
@@ -467,15 +467,6 @@ RESIDENT = (
 def _children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def free_memory() -> int:
-    """Bytes that processes can still have."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def _existing(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from tda.fitted import Fitted
 from tda.kernel import Roots, rank_one_roots, tangent_kernel
 from tda.kernel_machine import SoftmaxMachine, SquaresMachine
 from tda.task import Classification, Regression
+from tda.usage import free_memory
 
 HALVES = 2  # of every split
 QUERIES_AT_ONCE = 512
@@ -36,7 +37,7 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
-        ValueError: the task is neither classification nor regression, or there are fewer than four rows.
+        ValueError: the task is neither classification nor regression, there are fewer than four rows, or more than memory takes.
     """
     train, queries, task = run.train, run.queries, run.task
     if not isinstance(task, (Classification, Regression)) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
@@ -44,11 +45,18 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
             f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {len(train)} "
             "rows; use source, which takes every task"
         )
-    K, num_outputs = path_kernel(run)
+    num_outputs = task.outputs(run.model(-1), train.batch([0])).shape[1]
+    needed, free = memory_needed(run, num_outputs), free_memory()
+    if needed > free:
+        raise ValueError(
+            f"surrogate: {len(train)} rows, {len(queries)} queries and {num_outputs} outputs need about {needed / 2**30:.1f} GiB "
+            f"of memory, {free / 2**30:.1f} are free; use averaged_influence, whose memory does not grow with the rows, or fewer "
+            "rows"
+        )
     machine = SoftmaxMachine(num_outputs) if isinstance(task, Classification) else SquaresMachine()
     implied = 2 / float(run.rates.sum()) + run.run.optimizer.weight_decay
     return retrained_effects(
-        K,
+        path_kernel(run),
         train,
         queries,
         task=task,
@@ -59,8 +67,16 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
     )
 
 
-def path_kernel(run: Fitted) -> tuple[Float[Tensor, "point point"], int]:
-    """The tangent kernel of rows, then queries, averaged up to the counterfactual's end; and the number of outputs.
+def memory_needed(run: Fitted, num_outputs: int) -> int:
+    """Bytes, nearly: kernels of all points, what layers take in and give back, a classifier's matrix per class of a half."""
+    points, half = len(run.train) + len(run.queries), len(run.train) // HALVES
+    kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in run.layers)
+    matrices = num_outputs + 3 if isinstance(run.task, Classification) else 3
+    return next(run.model(-1).parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
+
+
+def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
+    """The tangent kernel of rows, then queries, averaged up to the counterfactual's end.
 
     Each stretch of training is seen at the checkpoint that it ends at, through the optimizer's preconditioner there, and counts
     by its learning rate.
@@ -71,11 +87,11 @@ def path_kernel(run: Fitted) -> tuple[Float[Tensor, "point point"], int]:
     times = [float(run.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
     K: Tensor | float = 0.0
     for index, time in enumerate(times):
-        here, outputs = tangent_kernel(
+        here, _outputs = tangent_kernel(
             run.model(index), run.layers, points, task=run.task, batch_size=run.batch_size, roots=_roots(run, index)
         )
         K = K + time / sum(times) * here
-    return K, outputs.shape[1]
+    return K
 
 
 def _roots(run: Fitted, index: int) -> dict[str, Roots] | None:

@@ -1,6 +1,7 @@
-"""What a piece of work takes: processor time and peak memory of this process."""
+"""What a piece of work takes, processor time and peak memory of this process; and the memory that there is."""
 
 import contextlib
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,15 @@ def in_turn(parts: Sequence[Usage]) -> Usage:
         peak_mib=max(part.peak_mib for part in parts),
         peak_rise_mib=max(part.peak_rise_mib for part in parts),
     )
+
+
+def free_memory() -> int:
+    """Bytes that processes can still have."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def _mib(field: str) -> float:

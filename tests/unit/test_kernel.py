@@ -15,7 +15,7 @@ from tda.ggn import pack
 from tda.iterative import block_krylov
 from tda.kernel import rank_one_roots, tangent_kernel
 from tda.kernel_machine import RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
-from tda.surrogate import path_kernel, retrained_effects
+from tda.surrogate import memory_needed, path_kernel, retrained_effects
 from tda.task import CausalLM, Classification, Regression
 from tda.trajectory import at_mean, averaged
 from tests.helpers import dense_gradient, random_documents, tiny_llama
@@ -230,9 +230,7 @@ def test_the_path_kernel_goes_as_far_as_the_counterfactual_would(end, seen):
     kernels = [tangent_kernel(held.model(index), held.layers, points, task=held.task, batch_size=256)[0] for index in range(4)]
     weights = held.rates.reshape(4, 3).sum(axis=1)
     expected = sum(weights[index] * kernels[index] for index in seen) / weights[seen].sum()
-    K, num_outputs = path_kernel(held)
-    torch.testing.assert_close(K, expected)
-    assert num_outputs == held.model(0)(held.train.x).shape[1]
+    torch.testing.assert_close(path_kernel(held), expected)
 
 
 def test_a_counterfactual_end_outside_the_run_is_refused():
@@ -245,6 +243,16 @@ def test_surrogate_refuses_documents():
     run, task, train, queries = setting("lm")
     with pytest.raises(ValueError, match="surrogate: needs Classification or Regression on four examples or more; got CausalLM"):
         attribute("surrogate", run, task, train, queries)
+
+
+def test_surrogate_refuses_more_rows_than_memory_takes(monkeypatch):
+    held = fitted("classification")
+    needed = memory_needed(held, 3)
+    layers = (5 + 3 * 6) + (6 + 3 * 5) + (6 + 3 * 3)  # inputs, with the 1 of a bias, and three pseudo-gradients of the outputs
+    assert needed == 8 * (3 * 15**2 + 15 * layers + 6 * 6**2)
+    monkeypatch.setattr("tda.surrogate.free_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"surrogate: 12 rows, 3 queries and 3 outputs need about .* of memory, .* are free"):
+        attribute("surrogate", held.run, held.task, held.train, held.queries)
 
 
 @settings(max_examples=25, deadline=None)
