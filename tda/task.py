@@ -187,7 +187,7 @@ class Regression(_OfExamples):
             ValueError: they are of another shape than the targets, over which subtraction would quietly spread them.
         """
         predicted = at_least_float32(model(batch.x))
-        if predicted.shape[0] != batch.y.shape[0] or predicted.flatten(1).shape != batch.y.reshape(len(batch.y), -1).shape:
+        if predicted.shape[:1] != batch.y.shape[:1] or predicted.numel() != batch.y.numel():
             raise ValueError(
                 f"regression: the model's outputs are {tuple(predicted.shape)}, the targets {tuple(batch.y.shape)}; expected as "
                 "many values per example"

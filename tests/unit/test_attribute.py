@@ -31,6 +31,13 @@ class ConvNet(nn.Module):
         return self.last(torch.relu_(self.second(x)).flatten(1))
 
 
+class Scalar(nn.Module):
+    """A mean over the batch, by mistake."""
+
+    def forward(self, x):
+        return x.mean()
+
+
 def mlp(outputs: int = 3) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, outputs))
 
@@ -173,6 +180,28 @@ def test_sampled_regression_labels_give_the_gauss_newton_matrix():
     assert (found - 2 * torch.eye(2, dtype=torch.float64)).abs().max() < error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_regression_of_one_number_has_its_outputs_in_a_column_or_not(dtype):
+    """Models and targets that drop the last dimension, in any pairing, and targets of another precision."""
+    torch.manual_seed(0)
+    column = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    flat = nn.Sequential(*column, nn.Flatten(0))
+    x, y = torch.randn(12, 4), torch.randn(12, dtype=dtype)
+    found = []
+    for model in (column, flat):
+        for targets in (y, y[:, None]):
+            data = Examples(x, targets)
+            recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=1e-9), num_steps=2, num_checkpoints=2)
+            for _step in range(2):
+                total, _losses = Regression().losses(model, data.batch(range(12)))
+                total.backward()
+                recorder.step(np.arange(12))
+            method = "surrogate+averaged_influence+source"
+            found.append(attribute(method, recorder.run, Regression(), data, data.select(range(3)), num_segments=1).values)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0])
+
+
 def test_an_ensemble_is_the_mean_of_its_runs():
     first, task, train, queries = setting("classification")
     second, *_ = setting("classification", "adamw")
@@ -195,6 +224,8 @@ def test_what_cannot_be_is_refused():
         attribute("bm25", run, task, train, queries)
     with pytest.raises(ValueError, match="the targets \\(12,\\); expected as many values per example"):
         Regression().losses(run.at(-1), Examples(train.x, train.y.double()).batch(range(12)))
+    with pytest.raises(ValueError, match=r"the model's outputs are \(\), the targets \(12,\); expected as many values per example"):
+        Regression().losses(Scalar(), Examples(train.x, train.x[:, 0]).batch(range(12)))
     with pytest.raises(ValueError, match="12 inputs and 3 targets"):
         Examples(train.x, train.y[:3])
 
