@@ -17,7 +17,7 @@ from tda.data import Data, Documents, batch_plan
 from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
-from tda.model import Layer, layer_matrix, linear_modules, tracked_layers
+from tda.model import Layer, layer_matrix, linear_modules, parameter_name, tracked_layers
 from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
 from tda.source import Gradients, SegmentDynamics
@@ -228,14 +228,13 @@ class Fitted:
     def second_moments(self, index: int) -> dict[str, Tensor]:
         """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""
         checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
-        v, bias = checkpoint.second_moments, 1 - self.run.optimizer.beta2**checkpoint.step
-        return {
-            layer.name: layer_matrix(
-                modules[layer.name], v[f"{layer.name}.weight"], v[f"{layer.name}.bias"] if layer.bias else None
-            )
-            / bias
-            for layer in self.layers
-        }
+        v, correction = checkpoint.second_moments, 1 - self.run.optimizer.beta2**checkpoint.step
+
+        def matrix(layer: Layer) -> Tensor:
+            weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
+            return layer_matrix(modules[layer.name], weight, bias)
+
+        return {layer.name: matrix(layer) / correction for layer in self.layers}
 
     @cached_property
     def dynamics(self) -> list[SegmentDynamics]:

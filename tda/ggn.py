@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.data import Batch, TensorBatch
-from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, plain_head
+from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, parameter_name, plain_head
 from tda.task import Task
 
 Product = Callable[[Float[Tensor, "query value"]], Float[Tensor, "query value"]]
@@ -54,7 +54,7 @@ def gauss_newton_product(
     def of_batch(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
         def outputs(matrices: dict[str, Tensor]) -> Tensor:
             named = {
-                f"model.{name}.{key}": value
+                f"model.{parameter_name(name, key)}": value
                 for name, matrix in matrices.items()
                 for key, value in layer_parameters(modules[name], matrix).items()
             }

@@ -14,7 +14,7 @@ A `RowCurvature` has one number per row for H; `SoftmaxCurvature` is that of a c
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,10 +52,10 @@ class SoftmaxMachine:
     ridge_scale: float = 2.5  # one Newton step goes too far where rows are learned by heart (EXPERIMENTS.md, 2026-11-25)
     splits: int = 4  # a matrix to factorise for every class of every half
 
-    def fit(self, K_S: Float[Tensor, "row row"], y: Int[Tensor, " row"], *, ridge: float) -> Float[Tensor, "row output"]:
+    def fit(self, K_S: Float[Tensor, "row row"], y: Integer[Tensor, " row"], *, ridge: float) -> Float[Tensor, "row output"]:
         """The coefficients, by accelerated steps on the loss's quadratic bound of curvature 1/2 (Boehning 1992)."""
         n_ridge = len(K_S) * ridge
-        onehot = F.one_hot(y, self.num_classes).to(K_S.dtype)
+        onehot = F.one_hot(y.long(), self.num_classes).to(K_S.dtype)
         factor = torch.linalg.cholesky(_shifted(K_S, 2 * n_ridge))
         alpha = torch.zeros_like(onehot)
         before, weight = alpha, 1.0
@@ -69,11 +69,11 @@ class SoftmaxMachine:
         return alpha
 
     def response(
-        self, f: Float[Tensor, "row output"], y: Int[Tensor, " row"]
+        self, f: Float[Tensor, "row output"], y: Integer[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
         """Residuals of rows, and the curvature of each along its residual."""
         p = f.softmax(dim=1)
-        r = F.one_hot(y, self.num_classes).to(f.dtype) - p
+        r = F.one_hot(y.long(), self.num_classes).to(f.dtype) - p
         along = (p * r.square()).sum(dim=1) - (p * r).sum(dim=1).square()
         return r, along / r.square().sum(dim=1).clamp_min(torch.finfo(f.dtype).tiny)
 

@@ -198,6 +198,11 @@ def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tens
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
 
+def parameter_name(layer: str, kind: str) -> str:
+    """The model's name for the weight or bias of a layer; of a model that is one layer, `layer` is empty."""
+    return f"{layer}.{kind}" if layer else kind
+
+
 def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
     """`layer_matrix` undone: the weight, and the bias if there is one, by the module's names for them."""
     weight = matrix if module.bias is None else matrix[:, :-1]

@@ -149,16 +149,28 @@ class Classification(_OfExamples):
     measurement: Measurement = "margin"
 
     def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
-        """Logits. See `Task.outputs`."""
-        return at_least_float32(model(batch.x))
+        """Logits. See `Task.outputs`.
+
+        Raises:
+            ValueError: the model returns something else.
+        """
+        logits = _tensor(model(batch.x), "classification")
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"classification: the model's outputs are {tuple(logits.shape)}; expected (example, class), two classes or more; "
+                "a model of one logit z can return (0, z)"
+            )
+        return at_least_float32(logits)
 
     def output_losses(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
         """See `Task.output_losses`."""
-        return logit_losses(outputs, batch.y, None)
+        return logit_losses(outputs, _class_numbers(outputs, batch), None)
 
     def output_costs(self, outputs: Float[Tensor, "term output"], batch: TensorBatch) -> Float[Tensor, " term"]:
         """The cost of every example, as a function of its outputs."""
-        return -margins(outputs, batch.y) if self.measurement == "margin" else self.output_losses(outputs, batch)
+        if self.measurement != "margin":
+            return self.output_losses(outputs, batch)
+        return -margins(outputs, _class_numbers(outputs, batch))
 
     def sampled(self, outputs: Float[Tensor, "term output"], generator: torch.Generator | None) -> Int[Tensor, " term"]:
         """Targets drawn from the model's own distribution."""
@@ -168,7 +180,7 @@ class Classification(_OfExamples):
         self, outputs: Float[Tensor, "term output"], batch: TensorBatch
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
         """Margins. See `Task.responses`."""
-        return _margin_responses(outputs, batch.y)
+        return _margin_responses(outputs, _class_numbers(outputs, batch))
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ class Regression(_OfExamples):
         Raises:
             ValueError: they are of another shape than the targets, over which subtraction would quietly spread them.
         """
-        predicted = at_least_float32(model(batch.x))
+        predicted = at_least_float32(_tensor(model(batch.x), "regression"))
         if predicted.shape[:1] != batch.y.shape[:1] or predicted.numel() != batch.y.numel():
             raise ValueError(
                 f"regression: the model's outputs are {tuple(predicted.shape)}, the targets {tuple(batch.y.shape)}; expected as "
@@ -213,6 +225,26 @@ class Regression(_OfExamples):
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
         """Predictions. See `Task.responses`."""
         return outputs, 2 * _errors(outputs, batch)
+
+
+def _tensor(outputs: object, kind: str) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"{kind}: the model returns {type(outputs).__name__}; expected a tensor; wrap it in a module that returns its logits "
+            "or predictions"
+        )
+    return outputs
+
+
+def _class_numbers(logits: Float[Tensor, "term output"], batch: TensorBatch) -> Int[Tensor, " term"]:
+    """The targets, which are refused with ValueError if they are no classes of these logits."""
+    y, num_classes = batch.y, logits.shape[1]
+    if y.is_floating_point() or y.shape != logits.shape[:1] or y.min() < 0 or y.max() >= num_classes:
+        raise ValueError(
+            f"classification: the targets are {y.dtype} {tuple(y.shape)}, from {y.min()} to {y.max()}; expected whole numbers "
+            f"from 0 to {num_classes - 1}, one per example, since the model has {num_classes} outputs"
+        )
+    return y.long()
 
 
 def _errors(outputs: Float[Tensor, "example output"], batch: TensorBatch) -> Float[Tensor, "example output"]:

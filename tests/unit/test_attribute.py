@@ -31,11 +31,15 @@ class ConvNet(nn.Module):
         return self.last(torch.relu_(self.second(x)).flatten(1))
 
 
-class Scalar(nn.Module):
-    """A mean over the batch, by mistake."""
+class Function(nn.Module):
+    """A model without weights."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
 
     def forward(self, x):
-        return x.mean()
+        return self.function(x)
 
 
 def mlp(outputs: int = 3) -> nn.Module:
@@ -56,7 +60,8 @@ def setting(kind: str, optimizer: str = "sgd"):
     if kind == "lm":
         model, task, train, queries = tiny_llama(), CausalLM(), random_documents(12), random_documents(3, seed=5)
     else:
-        model = {"conv": ConvNet, "classification": mlp, "regression": lambda: mlp(2)}[kind]().double()
+        kinds = {"conv": ConvNet, "classification": mlp, "regression": lambda: mlp(2), "linear": lambda: nn.Linear(4, 3)}
+        model = kinds[kind]().double()
         task = Regression() if kind == "regression" else Classification()
         train, queries = examples(kind, 12, 1), examples(kind, 3, 2)
     chosen = {
@@ -114,7 +119,7 @@ def test_tracin_sums_dot_products_over_checkpoints():
     torch.testing.assert_close(torch.from_numpy(scores.values), expected)
 
 
-KINDS = ["classification", "regression", "conv", "lm"]
+KINDS = ["classification", "regression", "conv", "linear", "lm"]
 # surrogate takes no documents, which tests/unit/test_kernel.py holds it to
 PAIRS = [(kind, method) for kind in KINDS for method in METHODS if method != "bm25" and (kind, method) != ("lm", "surrogate")]
 
@@ -180,6 +185,15 @@ def test_sampled_regression_labels_give_the_gauss_newton_matrix():
     assert (found - 2 * torch.eye(2, dtype=torch.float64)).abs().max() < error
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_classes_may_be_numbers_of_any_integer_type(dtype):
+    run, task, train, queries = setting("classification")
+    short = [Examples(data.x, data.y.to(dtype)) for data in (train, queries)]
+    for method in ("surrogate", "source", "trak", "replay", "averaged_influence"):
+        expected = attribute(method, run, task, train, queries, num_segments=2).values
+        assert np.array_equal(attribute(method, run, task, *short, num_segments=2).values, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_regression_of_one_number_has_its_outputs_in_a_column_or_not(dtype):
     """Models and targets that drop the last dimension, in any pairing, and targets of another precision."""
@@ -224,8 +238,22 @@ def test_what_cannot_be_is_refused():
         attribute("bm25", run, task, train, queries)
     with pytest.raises(ValueError, match="the targets \\(12,\\); expected as many values per example"):
         Regression().losses(run.at(-1), Examples(train.x, train.y.double()).batch(range(12)))
-    with pytest.raises(ValueError, match=r"the model's outputs are \(\), the targets \(12,\); expected as many values per example"):
-        Regression().losses(Scalar(), Examples(train.x, train.x[:, 0]).batch(range(12)))
+    whole = range(12)
+    for logits, message in [
+        (lambda x: x[:, :1], r"the model's outputs are \(12, 1\); expected \(example, class\), two classes or more"),
+        (lambda x: (x,), "classification: the model returns tuple; expected a tensor; wrap it"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Classification().losses(Function(logits), train.batch(whole))
+    for y in (train.y.double(), train.y[:, None], train.y + 1):
+        with pytest.raises(
+            ValueError, match=r"classification: the targets are torch.* expected whole numbers from 0 to 2, one per"
+        ):
+            Classification().losses(run.at(-1), Examples(train.x, y).batch(whole))
+    with pytest.raises(
+        ValueError, match=r"the model's outputs are \(\), the targets \(12,\); expected as many values per example"
+    ):
+        Regression().losses(Function(torch.mean), Examples(train.x, train.x[:, 0]).batch(whole))
     with pytest.raises(ValueError, match="12 inputs and 3 targets"):
         Examples(train.x, train.y[:3])
 
