@@ -155,6 +155,11 @@ class Examples:
         """The examples in `rows`."""
         return TensorBatch(list(rows), self.x[list(rows)], self.y[list(rows)])
 
+    def at_least_float32(self) -> "Examples":
+        """The examples with inputs that are no narrower than float32; numbers of tokens stay what they are."""
+        narrow = self.x.dtype in (torch.bfloat16, torch.float16)
+        return Examples(self.x.float(), self.y) if narrow else self
+
     def select(self, rows: Sequence[int] | np.ndarray) -> "Examples":
         """The examples in `rows`, in that order."""
         return Examples(self.x[list(rows)], self.y[list(rows)])

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tda.data import Data, Documents, batch_plan
+from tda.data import Data, Documents, Examples, batch_plan
 from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
+from tda.losses import at_least_float32
 from tda.model import Layer, layer_matrix, linear_modules, parameter_name, tracked_layers
 from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
@@ -77,12 +78,18 @@ class Fitted:
     """A run, its task, its training data and queries: everything that a method needs."""
 
     def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings):
-        self.run, self.task, self.train, self.queries, self.settings = run, task, train, queries, settings
+        self.run, self.task, self.settings = run, task, settings
+        self.train, self.queries = (data.at_least_float32() if isinstance(data, Examples) else data for data in (train, queries))
         largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
         if largest >= len(train):
             raise ValueError(
                 f"attribute: the run saw row {largest}, the training data have {len(train)} rows; expected the data of the run, "
                 "in the order of its row numbers"
+            )
+        if not self.rates.sum() > 0:
+            raise ValueError(
+                f"attribute: the learning rates of the run's {len(self.rates)} steps sum to {self.rates.sum():g}; expected a run "
+                "that has learned something; record it before a scheduler changes the rate"
             )
         self.batch_size = settings.batch_size or (4096 if isinstance(train, Documents) else 256)
 
@@ -134,6 +141,13 @@ class Fitted:
             self.model(checkpoint), self.layers, (self.queries.batch(rows) for rows in plan), task=self.task
         )
         place = torch.from_numpy(np.argsort(order))
+        finite = torch.stack([G.flatten(1).isfinite().all(dim=1) for G in held.values()]).all(dim=0)[place]
+        if not finite.all():
+            bad = [self.queries.ids[query] for query in np.flatnonzero(~finite.numpy())[:5]]
+            raise ValueError(
+                f"attribute: the gradients of {int((~finite).sum())} of {len(finite)} queries are not finite, such as "
+                f"{', '.join(bad)}; expected finite inputs and costs; leave them out, or look for a diverged run"
+            )
         return {name: G[place] for name, G in held.items()}
 
     def batches(self) -> Iterator:
@@ -232,7 +246,7 @@ class Fitted:
 
         def matrix(layer: Layer) -> Tensor:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
-            return layer_matrix(modules[layer.name], weight, bias)
+            return at_least_float32(layer_matrix(modules[layer.name], weight, bias))
 
         return {layer.name: matrix(layer) / correction for layer in self.layers}
 

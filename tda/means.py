@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class RunningMean:
-    """Sums weights as training goes on; `take` gives their mean since it was last called."""
+    """Sums weights as training goes on, in float32 or wider; `take` gives their mean since it was last called."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -22,7 +22,7 @@ class RunningMean:
             if name in self._sums:
                 self._sums[name] += value
             else:
-                self._sums[name] = value.detach().clone()
+                self._sums[name] = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
     def take(self) -> dict[str, Tensor]:
         """The mean of what was counted, by name; begin anew."""

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from tda.losses import at_least_float32
 from tda.means import RunningMean
 
 
@@ -85,6 +86,8 @@ class Run:
     def at(self, index: int, *, mean: bool = False) -> nn.Module:
         """A copy of the model with the weights of checkpoint `index`, or with its mean weights, in eval mode.
 
+        Narrower weights than float32 become float32: what one row adds to a sum would be lost in their rounding.
+
         Raises:
             ValueError: mean weights are asked for and were not recorded.
         """
@@ -92,6 +95,8 @@ class Run:
         if mean and not checkpoint.mean_weights:
             raise ValueError("run: its checkpoints have no mean weights; record the run with a Recorder, or use weights=last")
         model = copy.deepcopy(self.model)
+        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
+            model = model.float()
         weights = checkpoint.weights | (checkpoint.mean_weights if mean else {})
         model.load_state_dict(weights, strict=False)  # names of tied weights may be left out
         return model.eval()
@@ -117,13 +122,13 @@ def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Che
     """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
 
     def debiased(checkpoint: Checkpoint, name: str) -> Tensor:
-        return checkpoint.second_moments[name] / (1 - optimizer.beta2**checkpoint.step)
+        return at_least_float32(checkpoint.second_moments[name]) / (1 - optimizer.beta2**checkpoint.step)
 
     last = held[-1]
     return Checkpoint(
         step,
         {
-            name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
+            name: sum(at_least_float32(each.weights[name]) for each in held) / len(held) if value.is_floating_point() else value
             for name, value in last.weights.items()
         },
         {

@@ -1,5 +1,8 @@
 """The public API on models that are no language models, against autograd and dense matrices."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tda.data import Examples
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
 from tda.fitted import Fitted, Settings
 from tda.losses import draw
+from tda.means import RunningMean
 from tda.methods import METHODS
 from tda.scores import ensemble
 from tda.task import CausalLM, Classification, Regression
@@ -194,6 +198,35 @@ def test_classes_may_be_numbers_of_any_integer_type(dtype):
         assert np.array_equal(attribute(method, run, task, *short, num_segments=2).values, expected)
 
 
+def test_means_of_narrow_weights_are_summed_in_float32():
+    model = nn.Linear(2, 1).bfloat16()
+    mean = RunningMean(model)
+    for _step in range(1000):  # a sum in bfloat16 would stay at 256 times the weight
+        mean.add()
+    for name, value in mean.take().items():
+        torch.testing.assert_close(value, model.state_dict()[name].float())
+
+
+def test_a_run_in_bfloat16_is_attributed_in_float32():
+    run, task, train, queries = setting("classification", "adamw")
+    narrow = {torch.bfloat16: lambda value: value.bfloat16(), torch.float32: lambda value: value.bfloat16().float()}
+    found = []
+    for dtype, rounded in narrow.items():
+        checkpoints = [
+            replace(
+                checkpoint,
+                weights={name: rounded(value) for name, value in checkpoint.weights.items()},
+                second_moments={name: rounded(value) for name, value in checkpoint.second_moments.items()},
+                mean_weights={name: value.float() for name, value in checkpoint.mean_weights.items()},
+            )
+            for checkpoint in run.checkpoints
+        ]
+        held = replace(run, model=copy.deepcopy(run.model).to(dtype), checkpoints=checkpoints)
+        data = [Examples(rounded(each.x), each.y) for each in (train, queries)]
+        found.append(attribute("surrogate+averaged_influence+source", held, task, *data, num_segments=2).values)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_regression_of_one_number_has_its_outputs_in_a_column_or_not(dtype):
     """Models and targets that drop the last dimension, in any pairing, and targets of another precision."""
@@ -254,6 +287,11 @@ def test_what_cannot_be_is_refused():
         ValueError, match=r"the model's outputs are \(\), the targets \(12,\); expected as many values per example"
     ):
         Regression().losses(Function(torch.mean), Examples(train.x, train.x[:, 0]).batch(whole))
+    broken = Examples(torch.where(torch.arange(3)[:, None] == 1, torch.nan, queries.x), queries.y)
+    with pytest.raises(ValueError, match="the gradients of 1 of 3 queries are not finite, such as 1; expected finite inputs"):
+        attribute("averaged_influence", run, task, train, broken)
+    with pytest.raises(ValueError, match="the learning rates of the run's 12 steps sum to 0; expected a run that has learned"):
+        attribute("source", replace(run, learning_rates=np.zeros(12)), task, train, queries)
     with pytest.raises(ValueError, match="12 inputs and 3 targets"):
         Examples(train.x, train.y[:3])
 
