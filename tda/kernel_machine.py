@@ -14,7 +14,7 @@ A `RowCurvature` has one number per row for H; `SoftmaxCurvature` is that of a c
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,13 +28,13 @@ class SquaresMachine:
     ridge_scale: float = 1.0  # of what training implies (`surrogate.py`): what follows is exact
     splits: int = 16  # one matrix to factorise for every half
 
-    def fit(self, K_S: Float[Tensor, "row row"], y: Float[Tensor, "row ..."], *, ridge: float) -> Float[Tensor, "row output"]:
+    def fit(self, K_S: Float[Tensor, "row row"], y: Num[Tensor, "row ..."], *, ridge: float) -> Float[Tensor, "row output"]:
         """The coefficients of the minimum."""
         y = y.reshape(len(y), -1).to(K_S.dtype)
         return torch.cholesky_solve(y, torch.linalg.cholesky(_shifted(K_S, len(K_S) * ridge / 2)))
 
     def response(
-        self, f: Float[Tensor, "row output"], y: Float[Tensor, "row ..."]
+        self, f: Float[Tensor, "row output"], y: Num[Tensor, "row ..."]
     ) -> tuple[Float[Tensor, "row output"], Float[Tensor, " row"]]:
         """Residuals and curvatures of rows."""
         return 2 * (y.reshape(f.shape).to(f.dtype) - f), torch.full_like(f[:, 0], 2.0)
