@@ -280,6 +280,7 @@ class Schemes:
     def __init__(self, answer: Answer):
         self.answer = answer
         self.mean, self.squares = answer.moments
+        self.variance = (self.squares - self.mean.square()).clamp_min(1e-30)
 
     def chosen(
         self, places: Tensor, dtype: str, *, label: str, kind: str, whitened: bool = False, centred: bool = True
@@ -306,9 +307,8 @@ class Schemes:
             return None
         bits = allotted_bits(answer.contributions[by], num_bits)
         places = bits.nonzero()[:, 0]
-        variance = self.squares[places] - self.mean[places].square()
         _layers, groups = answer.layer_of[places].unique(return_inverse=True)
-        quantiser = Quantiser(bits[places], variance.clamp_min(1e-30).sqrt(), groups)
+        quantiser = Quantiser(bits[places], self.variance[places].sqrt(), groups)
         return Scheme(
             f"{kind}, {num_bytes} B",
             kind,
@@ -378,7 +378,7 @@ class Schemes:
         the water level (Cover and Thomas, section 10.3).
         """
         answer = self.answer
-        variance = (self.squares - self.mean.square()).clamp_min(1e-30) * answer.whitening.square()
+        variance = self.variance * answer.whitening.square()
         left = 1 - (water_level(variance, 8 * num_bytes) / variance).clamp_max(1)
         noise = (left * (1 - left) * variance).sqrt()
         random = torch.Generator().manual_seed(0)
@@ -448,7 +448,7 @@ class Schemes:
         answer = self.answer
         kept = largest_coordinates(answer.contributions["ekfac"], min(PCA_COORDINATES, len(answer.layer_of)))
         u_squares = self.squares[kept] * answer.whitening[kept].pow(4)
-        scale = (u_squares / (self.squares[kept] - self.mean[kept].square()).clamp_min(1e-30)).pow(0.25)
+        scale = (u_squares / self.variance[kept]).pow(0.25)
         sample = (answer.sample(kept, half) - self.mean[kept]) * scale
         values, vectors = torch.linalg.eigh((sample @ sample.T).double())
         positive = values > 1e-6 * values[-1]

@@ -84,8 +84,6 @@ class Scored:
 
 
 def _together(members: Sequence[Scored]) -> Scored:
-    if len(members) == 1:
-        return members[0]
     return Scored(ensemble([one.values for one in members]), in_turn([one.usage for one in members]))
 
 

@@ -17,7 +17,6 @@ from tda.data import Data, Documents, Examples, batch_plan
 from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
-from tda.losses import at_least_float32
 from tda.model import Layer, layer_matrix, linear_modules, parameter_name, tracked_layers
 from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
@@ -78,7 +77,7 @@ class Fitted:
     """A run, its task, its training data and queries: everything that a method needs."""
 
     def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings):
-        self.run, self.task, self.settings = run, task, settings
+        self.run, self.task, self.settings = run.at_least_float32(), task, settings
         self.train, self.queries = (data.at_least_float32() if isinstance(data, Examples) else data for data in (train, queries))
         largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
         if largest >= len(train):
@@ -246,7 +245,7 @@ class Fitted:
 
         def matrix(layer: Layer) -> Tensor:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
-            return at_least_float32(layer_matrix(modules[layer.name], weight, bias))
+            return layer_matrix(modules[layer.name], weight, bias)
 
         return {layer.name: matrix(layer) / correction for layer in self.layers}
 

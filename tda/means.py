@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tda.losses import at_least_float32
+
 
 class RunningMean:
     """Sums weights as training goes on, in float32 or wider; `take` gives their mean since it was last called."""
@@ -22,7 +24,7 @@ class RunningMean:
             if name in self._sums:
                 self._sums[name] += value
             else:
-                self._sums[name] = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+                self._sums[name] = at_least_float32(value.detach().clone())
 
     def take(self) -> dict[str, Tensor]:
         """The mean of what was counted, by name; begin anew."""

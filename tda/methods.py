@@ -242,6 +242,4 @@ def named(name: str, *, where: str) -> Method:
     for member in members:
         if member not in METHODS:
             raise ValueError(f"{where}: unknown method {member!r}; known are {', '.join(METHODS)}, and any of them joined by +")
-    if len(members) == 1:
-        return METHODS[name]
     return lambda run: ensemble([METHODS[member](run) for member in members])

@@ -72,7 +72,7 @@ def memory_needed(run: Fitted, num_outputs: int) -> int:
     points, half = len(run.train) + len(run.queries), len(run.train) // HALVES
     kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in run.layers)
     matrices = num_outputs + 3 if isinstance(run.task, Classification) else 3
-    return next(run.model(-1).parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
+    return next(run.run.model.parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
 
 
 def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:

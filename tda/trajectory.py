@@ -83,10 +83,30 @@ class Run:
             "documents": [rows.tolist() for rows in self.batches] or [[]] * len(self.learning_rates),
         })
 
+    def at_least_float32(self) -> "Run":
+        """The run with no weight or second moment narrower than that: what one row adds to a sum would be lost in rounding."""
+
+        def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: at_least_float32(value) if value.is_floating_point() else value for name, value in tensors.items()}
+
+        narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
+        return replace(
+            self,
+            model=copy.deepcopy(self.model).float() if narrow else self.model,
+            checkpoints=[
+                replace(
+                    held,
+                    weights=wide(held.weights),
+                    second_moments=wide(held.second_moments),
+                    mean_weights=wide(held.mean_weights),
+                )
+                for held in self.checkpoints
+            ],
+            initial=wide(self.initial),
+        )
+
     def at(self, index: int, *, mean: bool = False) -> nn.Module:
         """A copy of the model with the weights of checkpoint `index`, or with its mean weights, in eval mode.
-
-        Narrower weights than float32 become float32: what one row adds to a sum would be lost in their rounding.
 
         Raises:
             ValueError: mean weights are asked for and were not recorded.
@@ -95,8 +115,6 @@ class Run:
         if mean and not checkpoint.mean_weights:
             raise ValueError("run: its checkpoints have no mean weights; record the run with a Recorder, or use weights=last")
         model = copy.deepcopy(self.model)
-        if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
-            model = model.float()
         weights = checkpoint.weights | (checkpoint.mean_weights if mean else {})
         model.load_state_dict(weights, strict=False)  # names of tied weights may be left out
         return model.eval()
@@ -122,13 +140,13 @@ def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Che
     """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
 
     def debiased(checkpoint: Checkpoint, name: str) -> Tensor:
-        return at_least_float32(checkpoint.second_moments[name]) / (1 - optimizer.beta2**checkpoint.step)
+        return checkpoint.second_moments[name] / (1 - optimizer.beta2**checkpoint.step)
 
     last = held[-1]
     return Checkpoint(
         step,
         {
-            name: sum(at_least_float32(each.weights[name]) for each in held) / len(held) if value.is_floating_point() else value
+            name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
             for name, value in last.weights.items()
         },
         {
