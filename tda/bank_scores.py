@@ -7,17 +7,19 @@ either they are made again.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from torch import nn
 
 from tda.artifacts import only_run, read_json, whole, write_json
 from tda.bank_data import BankData
-from tda.bank_training import ATTRIBUTED, initial_model, train_run
+from tda.bank_training import ATTRIBUTED, initial_model, retrained_by_recipe, train_run
+from tda.counterfactual import Retraining
 from tda.make_bank import num_processes
 from tda.parallel import worker_pool
 from tda.recipe import Recipe
@@ -27,7 +29,7 @@ from tda.trajectory import Run
 from tda.usage import Usage, in_turn, measured
 
 NUM_CHECKPOINTS = 6
-TRAINING_CODE = ("bank_training.py", "losses.py", "task.py", "trajectory.py")
+TRAINING_CODE = ("bank_training.py", "counterfactual.py", "losses.py", "task.py", "trajectory.py")
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,11 @@ class RunStore:
 
         train, queries = self.data.train(self.recipe), self.data.queries(self.recipe)
 
+        def retrain(trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
+            return retrained_by_recipe(trainings, self.recipe, train)
+
         def work(run: Run, variant: Variant, settings: dict) -> np.ndarray:
-            return attribute(variant.method, run, self.recipe.task, train, queries, **settings).values
+            return attribute(variant.method, run, self.recipe.task, train, queries, retrain=retrain, **settings).values
 
         members = {member.label: member for variant in variants for member in variant.members}
         made = self._made("", list(members.values()), seeds, work)

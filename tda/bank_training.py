@@ -1,8 +1,8 @@
-"""Models trained by a bank's recipe: one with its trajectory recorded, or many at once for what becomes of the queries."""
+"""Models trained by a bank's recipe: one with its trajectory recorded, or many, for what becomes of the queries."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tda.data import Data, Examples, TensorBatch, batches
+from tda.counterfactual import Retraining, TailMean, check_loss, make_optimizer, query_costs, take_step
+from tda.data import Data, Examples, TensorBatch
 from tda.model import load_model
 from tda.model_stack import ModelStack, StackOptimizer, make_mlp
 from tda.recipe import CausalLMModel, MLPModel, Recipe, Training
-from tda.trajectory import Recorder, Run
+from tda.trajectory import Optimizer, Recorder, Run
 
 STACK_PARAMETERS, LARGEST_STACK = 400_000, 64
-QUERY_TOKENS = 8192  # of a batch in which queries are measured
-ATTRIBUTED, SUBSET, FULL, REMOVAL = 1, 2, 3, 4  # what a run is for; its first seed, so that no two kinds share a run
+ATTRIBUTED, SUBSET, FULL, REMOVAL, RETRAINED = 1, 2, 3, 4, 5  # what for: a run's first seed, so that no two kinds share one
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,18 @@ def _words(seed: Sequence[int]) -> tuple[int, int]:
     return int(weights), int(order)
 
 
-def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+def recipe_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     """The recipe's optimizer: all parameters in one group."""
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=training.lr, momentum=training.momentum, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(
-        model.parameters(), lr=training.lr, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay
+    beta1, beta2 = training.betas
+    settings = Optimizer(
+        training.optimizer,
+        momentum=training.momentum,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=training.eps,
+        weight_decay=training.weight_decay,
     )
+    return make_optimizer(model, settings, rate=training.lr)
 
 
 def train_one(
@@ -69,40 +74,18 @@ def train_one(
     optimizer: torch.optim.Optimizer,
     after: Callable[[np.ndarray], None] = lambda rows: None,
 ) -> None:
-    """Train `model` in place on the rows of `steps`, without dropout; `after` is called with the rows of each step.
-
-    Raises:
-        ValueError: the loss is not finite.
-    """
+    """Train `model` in place on the rows of `steps`, without dropout; `after` is called with the rows of each step."""
     for number, rows in enumerate(steps, start=1):
-        batch = data.batch(rows.tolist())
-        total, _losses = recipe.task.losses(model, batch, weights=mean_weights(batch.sizes))
-        if not torch.isfinite(total):
-            raise ValueError(_diverged(number, recipe))
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        optimizer.step()
+        take_step(model, data, rows, task=recipe.task, optimizer=optimizer, origin=f"recipe.training: step {number}")
         after(rows)
     optimizer.zero_grad(set_to_none=True)
-
-
-def mean_weights(sizes: Tensor) -> Float[Tensor, " example"]:
-    """What makes the mean over all terms of a batch of the sum over examples."""
-    return (1 / sizes.sum()).expand(len(sizes)).float()
-
-
-def _diverged(step: int, recipe: Recipe) -> str:
-    return (
-        f"recipe.training: the loss of step {step} is not finite at learning rate {recipe.training.lr:g}; expected a finite "
-        "number; lower recipe.training.lr"
-    )
 
 
 def train_run(data: Data, recipe: Recipe, *, rows: np.ndarray, seed: Sequence[int], num_checkpoints: int) -> Run:
     """A recorded run on `rows`, with evenly spaced checkpoints, one per step at most."""
     model = initial_model(recipe, seed)
     steps = schedule(rows, recipe.training, seed)
-    optimizer = make_optimizer(model, recipe.training)
+    optimizer = recipe_optimizer(model, recipe.training)
     recorder = Recorder(model, optimizer, num_steps=len(steps), num_checkpoints=min(num_checkpoints, len(steps)))
     train_one(model, data, steps, recipe, optimizer=optimizer, after=recorder.step)
     return recorder.run
@@ -118,7 +101,7 @@ def outcomes(
     for place, job in enumerate(jobs):
         model = initial_model(recipe, job.seed)
         steps = schedule(job.rows, recipe.training, job.seed)
-        train_one(model, train, steps, recipe, optimizer=make_optimizer(model, recipe.training))
+        train_one(model, train, steps, recipe, optimizer=recipe_optimizer(model, recipe.training))
         if isinstance(recipe.model, MLPModel):
             values[[place]], correct[[place]] = measure_stack(ModelStack([model]), recipe, queries)
         else:
@@ -138,36 +121,44 @@ def models_at_once(recipe: Recipe) -> int:
     return max(1, min(LARGEST_STACK, STACK_PARAMETERS // num_parameters))
 
 
-@torch.no_grad()
 def measure(model: nn.Module, recipe: Recipe, queries: Data) -> Float[np.ndarray, " query"]:
     """The measurement of every query, a mean over its terms."""
-    values = np.empty(len(queries))
-    for batch in batches(queries, batch_tokens=QUERY_TOKENS):
-        _total, costs = recipe.task.costs(model, batch, weights=torch.ones(len(batch.rows)))
-        values[batch.rows] = recipe.cost_sign * (costs.double() / batch.sizes).numpy()
-    return values
+    return recipe.cost_sign * query_costs(model, recipe.task, queries)
 
 
-def train_stack(jobs: Sequence[Job], recipe: Recipe, data: Examples) -> ModelStack:
-    """The models of all `jobs`, each as `train_one` makes it, up to rounding.
+def retrained_by_recipe(trainings: Sequence[Retraining], recipe: Recipe, data: Data) -> Iterator[nn.Module]:
+    """The model of every training from a start of its own seed, at the mean of its last weights; see `counterfactual.Retrain`."""
+    size = models_at_once(recipe)
+    jobs = [Job(rows, (RETRAINED, seed, 0)) for rows, seed in trainings]
+    for start in range(0, len(jobs), size):
+        if size > 1:
+            yield from train_stack(jobs[start : start + size], recipe, data, averaged=True).unstacked()
+        else:
+            model = initial_model(recipe, jobs[start].seed)
+            steps = schedule(jobs[start].rows, recipe.training, jobs[start].seed)
+            tail = TailMean(model, len(steps))
+            optimizer = recipe_optimizer(model, recipe.training)
+            train_one(model, data, steps, recipe, optimizer=optimizer, after=lambda _rows, tail=tail: tail.step())
+            yield tail.finish()
 
-    Raises:
-        ValueError: a loss is not finite.
-    """
+
+def train_stack(jobs: Sequence[Job], recipe: Recipe, data: Examples, *, averaged: bool = False) -> ModelStack:
+    """The models of all `jobs`, each as `train_one` makes it, up to rounding; or at the mean of its last weights."""
     stack = ModelStack([initial_model(recipe, job.seed) for job in jobs])
     parameters = list(stack.parameters())
     optimizer = StackOptimizer(parameters, recipe.training)
     schedules = [schedule(job.rows, recipe.training, job.seed) for job in jobs]
-    width = recipe.training.batch
-    for number in range(max(map(len, schedules))):
+    width, num_steps = recipe.training.batch, max(map(len, schedules))
+    tail = TailMean(stack, num_steps if averaged else 0)
+    for number in range(num_steps):
         rows, counts = _padded([steps[number] if number < len(steps) else steps[0][:0] for steps in schedules], width)
         weights = torch.where(torch.arange(width) < counts[:, None], 1 / counts.clamp(min=1)[:, None], 0.0)
         batch = TensorBatch(rows.tolist(), data.x[rows], data.y[rows])
         total, _losses = recipe.task.losses(stack, batch, weights=weights.flatten())
-        if not torch.isfinite(total):
-            raise ValueError(_diverged(number + 1, recipe))
+        check_loss(total, recipe.training.lr, origin=f"recipe.training: step {number + 1}")
         optimizer.step(torch.autograd.grad(total, parameters), torch.where(counts > 0, recipe.training.lr, 0.0))
-    return stack
+        tail.step()
+    return tail.finish()
 
 
 def _padded(batches_: Sequence[np.ndarray], width: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ The in-memory counterpart of the pipeline's artifacts: the same segments, the sa
 computed when they are needed instead of being read from a store.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tda.counterfactual import Retrain, Retraining, retrained
 from tda.data import Data, Documents, Examples, batch_plan
 from tda.factors import SegmentFactors, fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
@@ -43,6 +44,8 @@ class Settings:
     solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
     ridge_scale: float = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 of a classifier, 1 of a regression
     splits: int = 0  # surrogate: random splits of the rows in two halves; 0: 4 of a classifier, 16 of a regression
+    retrainings: int = 100  # datamodel: on random halves of the rows, in pairs
+    prior: str = ""  # datamodel: the method whose scores it corrects; "": the most accurate that takes the task
     curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
     iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
     solver_damping: float = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
@@ -76,7 +79,8 @@ class Settings:
 class Fitted:
     """A run, its task, its training data and queries: everything that a method needs."""
 
-    def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings):
+    def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings, *, retrain: Retrain | None = None):
+        self._retrain = retrain
         self.run, self.task, self.settings = run.at_least_float32(), task, settings
         self.train, self.queries = (data.at_least_float32() if isinstance(data, Examples) else data for data in (train, queries))
         largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
@@ -210,6 +214,22 @@ class Fitted:
             return sum(product(v) for product in products) / len(products)
 
         return lambda v: torch.cat([mean(block) for block in v.split(self.queries_at_once)])
+
+    def retrained(self, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
+        """A model for every training: by the function that was handed over for it, else by the run's own steps.
+
+        Raises:
+            ValueError: the function gives fewer models, or the run cannot be trained again.
+        """
+        if self._retrain is None:
+            yield from retrained(self.run, self.task, self.train, trainings)
+            return
+        num_models = 0
+        for model in self._retrain(trainings):
+            num_models += 1
+            yield model.eval()
+        if num_models != len(trainings):
+            raise ValueError(f"attribute: retrain gave {num_models} models for {len(trainings)} trainings; expected one for each")
 
     @property
     def queries_at_once(self) -> int:

@@ -1,7 +1,7 @@
 """Attribution methods, each a function of a fitted run that gives (query, row) scores: positive helps the query.
 
-Scores of SOURCE, influence functions, surrogate and replay are the predicted rise of the query's mean cost per term when the row
-is left out of training; those of the others have no unit. `a+b` names the ensemble of two methods, or of more.
+Scores of SOURCE, influence functions, surrogate, datamodel and replay are the predicted rise of the query's mean cost per term
+when the row is left out of training; those of the others have no unit. `a+b` names the ensemble of two methods, or of more.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tda.averaged_influence import averaged_influence_scores
 from tda.baselines import random_scores, token_bm25_scores
-from tda.data import Documents
+from tda.data import Documents, Examples
+from tda.datamodel import posterior, retrain_on_halves
 from tda.fitted import Fitted
 from tda.ggn import Product, pack
 from tda.influence import precondition
@@ -23,6 +24,7 @@ from tda.scores import ENSEMBLE, cosines, ensemble, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import SegmentDynamics
 from tda.surrogate import surrogate_scores
+from tda.task import Classification, Regression
 from tda.trajectory import averaged
 from tda.trak import Sketch, features, trak_scores
 
@@ -196,6 +198,21 @@ def surrogate(run: Fitted) -> np.ndarray:
     return surrogate_scores(run)
 
 
+def datamodel(run: Fitted) -> np.ndarray:
+    """Another method's scores corrected by real retrainings on random halves (Ilyas et al. 2022; `datamodel.py`).
+
+    Raises:
+        ValueError: the other method is unknown, or this one.
+    """
+    kernels = isinstance(run.task, (Classification, Regression)) and isinstance(run.train, Examples)
+    name = run.settings.prior or ("surrogate+averaged_influence" if kernels else "averaged_influence")
+    if "datamodel" in name.split(ENSEMBLE):
+        raise ValueError(f"attribute: prior: {name!r}; expected another method, whose scores datamodel corrects")
+    prior = named(name, where="attribute: prior")
+    signs, differences = retrain_on_halves(run)
+    return posterior(prior(run), signs, differences)
+
+
 def random(run: Fitted) -> np.ndarray:
     """A uniform draw per row and query."""
     return np.stack([random_scores(run.train.ids, seed=run.settings.seed + query) for query in range(len(run.queries))])
@@ -226,6 +243,7 @@ METHODS: dict[str, Method] = {
     "trak": trak,
     "averaged_influence": averaged_influence,
     "surrogate": surrogate,
+    "datamodel": datamodel,
     "replay": replay,
     "bm25": bm25,
     "random": random,

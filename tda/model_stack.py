@@ -33,8 +33,8 @@ class ModelStack(nn.Module):
     def __init__(self, models: Sequence[nn.Sequential]):
         super().__init__()
         self.num_models = len(models)
-        linears = [[module for module in model if isinstance(module, nn.Linear)] for model in models]
-        layers = list(zip(*linears, strict=True))
+        self._models = list(models)
+        layers = list(zip(*map(_linears, models), strict=True))
         self.weights = nn.ParameterList([torch.stack([copy.weight.detach() for copy in layer]) for layer in layers])
         self.biases = nn.ParameterList([torch.stack([copy.bias.detach() for copy in layer]) for layer in layers])
         self.activation = next((module for module in models[0] if not isinstance(module, nn.Linear)), nn.Identity())
@@ -45,6 +45,19 @@ class ModelStack(nn.Module):
         for layer, (W, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(b[:, None], self.activation(h) if layer else h, W.mT)
         return h.flatten(0, 1)
+
+    @torch.no_grad()
+    def unstacked(self) -> list[nn.Sequential]:
+        """The networks that were stacked, with the weights of now."""
+        for index, model in enumerate(self._models):
+            for linear, W, b in zip(_linears(model), self.weights, self.biases, strict=True):
+                linear.weight.copy_(W[index])
+                linear.bias.copy_(b[index])
+        return self._models
+
+
+def _linears(model: nn.Sequential) -> list[nn.Linear]:
+    return [module for module in model if isinstance(module, nn.Linear)]
 
 
 class StackOptimizer:

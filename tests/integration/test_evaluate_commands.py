@@ -75,6 +75,7 @@ def test_lds(classes, folder, capsys):
         "surrogate",
         "averaged_influence",
         "surrogate+averaged_influence",
+        "datamodel",
     }
     together = result["methods"]["surrogate+averaged_influence"]
     members = [result["methods"][name] for name in ("surrogate", "averaged_influence")]
@@ -91,7 +92,7 @@ def test_lds(classes, folder, capsys):
     assert (folder / "out" / "result.png").read_bytes().startswith(b"\x89PNG")
 
     kept = {path: path.stat().st_mtime_ns for path in (folder / "data" / "evaluate").rglob("*.npy")}
-    assert len(kept) == 6 * 2
+    assert len(kept) == 7 * 2
     assert cli.main(arguments) == cli.OK  # nothing is worked out twice
     assert {path: path.stat().st_mtime_ns for path in (folder / "data" / "evaluate").rglob("*.npy")} == kept
     assert json.loads((folder / "out" / "result.json").read_text()) == result

@@ -8,11 +8,11 @@ from tda import bank_training
 from tda.bank_training import (
     Job,
     initial_model,
-    make_optimizer,
     measure,
     measure_stack,
     models_at_once,
     outcomes,
+    recipe_optimizer,
     schedule,
     train_one,
     train_run,
@@ -42,7 +42,7 @@ def test_a_stack_is_its_models(made):
     for place, job in enumerate(jobs):
         model = initial_model(made, job.seed)
         steps = schedule(job.rows, made.training, job.seed)
-        train_one(model, train, steps, made, optimizer=make_optimizer(model, made.training))
+        train_one(model, train, steps, made, optimizer=recipe_optimizer(model, made.training))
         assert np.allclose(values[place], measure(model, made, queries), atol=SAME)
         if made.loss == "cross_entropy":
             predicted = model(queries.x).argmax(dim=1)
@@ -140,5 +140,5 @@ def test_a_training_that_diverges_says_so(together, monkeypatch):
     if not together:
         monkeypatch.setattr(bank_training, "STACK_PARAMETERS", 1)
     data = data_for(made)
-    with pytest.raises(ValueError, match=r"recipe.training: the loss of step \d+ is not finite at learning rate 1e\+06"):
+    with pytest.raises(ValueError, match=r"recipe.training: step \d+: the loss is not finite at learning rate 1e\+06"):
         outcomes([Job(np.arange(21), (2, 0, 0))], made, train=data.train(made), queries=data.queries(made))

@@ -1,0 +1,132 @@
+"""Training again without some of the rows: what attribution predicts, done.
+
+A counterfactual is taken at the mean of the weights of its last steps: what the training leads to without the noise of its last
+batches, which is most of what two trainings on the same rows differ by (EXPERIMENTS.md, 2026-11-25).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tda.data import Data, batches
+from tda.means import RunningMean
+from tda.task import Task
+from tda.trajectory import Optimizer, Run
+
+AVERAGED = 0.25  # of the steps, at the end
+QUERY_TOKENS = 8192  # of a batch in which queries are measured
+
+Retraining = tuple[np.ndarray, int]
+"""The numbers of the rows to train on, and a seed: of the initial weights where they are random, and of the order."""
+
+Retrain = Callable[[Sequence[Retraining]], Iterable[nn.Module]]
+"""A model for each training, in their order: trained as the run was, but on those rows."""
+
+
+def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
+    """Models trained by the steps of a recorded run: from its initial weights, as many epochs in another order, by its rates.
+
+    Raises:
+        ValueError: the run has no initial weights or no batches.
+    """
+    if not run.initial or not run.batches:
+        raise ValueError(
+            "retraining: the run has no initial weights, or does not say which rows a step took; expected both, which a Recorder "
+            "made before the first step takes down; or hand over `retrain`, a function that trains"
+        )
+    for rows, seed in trainings:
+        model = copy.deepcopy(run.model).eval()
+        model.load_state_dict(run.initial, strict=False)  # names of tied weights may be left out
+        steps, rates = schedule_without(run, rows, num_rows=len(train), seed=seed)
+        optimizer = make_optimizer(model, run.optimizer)
+        tail = TailMean(model, len(steps))
+        for number, (step, rate) in enumerate(zip(steps, rates, strict=True), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            take_step(model, train, step, task=task, optimizer=optimizer, origin=f"retraining: step {number}")
+            tail.step()
+        yield tail.finish()
+
+
+def schedule_without(run: Run, rows: np.ndarray, *, num_rows: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows of every step of training on `rows` alone as long as `run` did on `num_rows`, and every step's learning rate.
+
+    As many epochs, each in a fresh order, in batches as large as the run's largest; rates follow the run's over its length.
+    """
+    random = np.random.default_rng(seed)
+    size, left = max(map(len, run.batches)), round(sum(map(len, run.batches)) / num_rows * len(rows))
+    steps: list[np.ndarray] = []
+    while left > 0:
+        order = random.permutation(rows)[:left]
+        steps += [order[start : start + size] for start in range(0, len(order), size)]
+        left -= len(order)
+    num_recorded = len(run.learning_rates)
+    return steps, run.learning_rates[np.arange(len(steps)) * num_recorded // max(1, len(steps))]
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer, *, rate: float = 0.0) -> torch.optim.Optimizer:
+    """Torch's optimizer of those settings, all parameters in one group."""
+    if settings.kind == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def take_step(
+    model: nn.Module, data: Data, rows: np.ndarray, *, task: Task, optimizer: torch.optim.Optimizer, origin: str
+) -> None:
+    """One step of training on the mean loss over the terms of `rows`; `origin` says of what, should the loss not be finite."""
+    batch = data.batch(rows.tolist())
+    one_over_terms = (1 / batch.sizes.sum()).expand(len(batch.sizes)).float()  # of the sum over terms makes the mean
+    total, _losses = task.losses(model, batch, weights=one_over_terms)
+    check_loss(total, optimizer.param_groups[0]["lr"], origin=origin)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
+
+
+def check_loss(total: Tensor, rate: float, *, origin: str) -> None:
+    """Refuse with ValueError a loss that is not finite; the message begins with `origin`, which step of what."""
+    if not torch.isfinite(total):
+        raise ValueError(f"{origin}: the loss is not finite at learning rate {rate:g}; expected a finite number; lower the rate")
+
+
+class TailMean:
+    """The mean of a model's weights over the last `AVERAGED` part of its steps; call `step` after every one, then `finish`."""
+
+    def __init__(self, model: nn.Module, num_steps: int):
+        self._model = model
+        self._mean = RunningMean(model)
+        self._left = num_steps
+        self._counted = math.ceil(AVERAGED * num_steps)
+
+    def step(self) -> None:
+        """Count the weights if the step is one of the last."""
+        self._left -= 1
+        if 0 <= self._left < self._counted:
+            self._mean.add()
+
+    def finish(self) -> nn.Module:
+        """The model, with the mean weights."""
+        self._model.load_state_dict(self._mean.take(), strict=False)
+        return self._model
+
+
+@torch.no_grad()
+def query_costs(model: nn.Module, task: Task, queries: Data) -> Float[np.ndarray, " query"]:
+    """The cost of every query, a mean over its terms."""
+    values = np.empty(len(queries))
+    for batch in batches(queries, batch_tokens=QUERY_TOKENS):
+        _total, costs = task.costs(model, batch, weights=torch.ones(len(batch.rows)))
+        values[batch.rows] = (costs.double() / batch.sizes).numpy()
+    return values
