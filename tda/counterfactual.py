@@ -19,6 +19,7 @@ from tda.task import Task
 from tda.trajectory import Optimizer, Run
 
 AVERAGED = 0.25  # of the steps, at the end
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 QUERY_TOKENS = 8192  # of a batch in which queries are measured
 
 Retraining = tuple[np.ndarray, int]
@@ -31,13 +32,20 @@ Retrain = Callable[[Sequence[Retraining]], Iterable[nn.Module]]
 def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
     """Models trained by the steps of a recorded run: from its initial weights, as many epochs in another order, by its rates.
 
+    In eval mode, so without dropout.
+
     Raises:
-        ValueError: the run has no initial weights or no batches.
+        ValueError: the run has no initial weights or no batches, or its model does not train in eval mode.
     """
     if not run.initial or not run.batches:
         raise ValueError(
             "retraining: the run has no initial weights, or does not say which rows a step took; expected both, which a Recorder "
             "made before the first step takes down; or hand over `retrain`, a function that trains"
+        )
+    if any(isinstance(module, BATCH_NORMS) for module in run.model.modules()):
+        raise ValueError(
+            "retraining: the model normalises by batches, and retraining is in eval mode, where it would not learn their statistics; "
+            "hand over `retrain`, a function that trains"
         )
     for rows, seed in trainings:
         model = copy.deepcopy(run.model).eval()

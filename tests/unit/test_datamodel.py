@@ -257,6 +257,10 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"retraining: step \d+: the loss is not finite at learning rate 1e\+200"):
         attribute("datamodel", replace(run, learning_rates=np.full(12, 1e200)), task, train, queries, prior="gradient_dot")
 
+    normed = replace(run, model=nn.Sequential(run.model, nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match=r"normalises by batches.*hand over `retrain`"):
+        next(retrained(normed, task, train, [(np.arange(6), 0)]))
+
     def broken(trainings):
         for _training in trainings:
             model = run.at(-1)
