@@ -44,7 +44,7 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
         )
     if any(isinstance(module, BATCH_NORMS) for module in run.model.modules()):
         raise ValueError(
-            "retraining: the model normalises by batches, and retraining is in eval mode, where it would not learn their statistics; "
+            "retraining: the model normalises by batches, whose statistics it would not learn in eval mode, as retraining is; "
             "hand over `retrain`, a function that trains"
         )
     for rows, seed in trainings:
