@@ -260,14 +260,13 @@ class Fitted:
 
     def second_moments(self, index: int) -> dict[str, Tensor]:
         """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""
-        checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
-        v, correction = checkpoint.second_moments, 1 - self.run.optimizer.beta2**checkpoint.step
+        modules, v = linear_modules(self.run.model), self.run.checkpoints[index].unbiased_second_moments(self.run.optimizer)
 
         def matrix(layer: Layer) -> Tensor:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
             return layer_matrix(modules[layer.name], weight, bias)
 
-        return {layer.name: matrix(layer) / correction for layer in self.layers}
+        return {layer.name: matrix(layer) for layer in self.layers}
 
     @cached_property
     def dynamics(self) -> list[SegmentDynamics]:
