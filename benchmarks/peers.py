@@ -24,7 +24,7 @@ import xxhash
 from benchmarks.common import ROOT
 from tda.artifacts import whole, write_json
 from tda.bank import ceiling, load_bank
-from tda.bank_scores import RunStore, Scored, parse_variant
+from tda.bank_scores import RunStore, Scored
 from tda.data import Data, Documents
 from tda.evaluate_lds import BEST, REFERENCES, default_methods
 from tda.fitted import Fitted, Settings
@@ -34,6 +34,7 @@ from tda.run_files import save_run
 from tda.text_table import text_table
 from tda.trajectory import Run
 from tda.usage import Usage
+from tda.variants import parse_variant
 
 DRIVERS = Path(__file__).parent / "peer_drivers"
 ENVIRONMENTS = ROOT / "build" / "peers"

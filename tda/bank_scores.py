@@ -7,74 +7,28 @@ either they are made again.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from torch import nn
 
 from tda.artifacts import only_run, read_json, whole, write_json
 from tda.bank_data import BankData
 from tda.bank_training import ATTRIBUTED, initial_model, retrained_by_recipe, train_run
-from tda.counterfactual import Retraining
 from tda.make_bank import num_processes
 from tda.parallel import worker_pool
 from tda.recipe import Recipe
 from tda.run_files import load_run, read_run_facts, save_run
-from tda.scores import ENSEMBLE, ensemble
+from tda.scores import ensemble
 from tda.trajectory import Run
 from tda.usage import Usage, in_turn, measured
+from tda.variants import DATAMODEL, RETRAININGS, Variant
 
 NUM_CHECKPOINTS = 6
 TRAINING_CODE = ("bank_training.py", "counterfactual.py", "losses.py", "task.py", "trajectory.py")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method, or several joined by +, with settings of its own, as `source:adam=symmetric:num_segments=2`."""
-
-    label: str
-    method: str
-    settings: dict[str, object]
-
-    @property
-    def members(self) -> list["Variant"]:
-        """The methods of an ensemble one by one; itself if it is none."""
-        of_settings = self.label.removeprefix(self.method)
-        return [Variant(name + of_settings, name, self.settings) for name in self.method.split(ENSEMBLE)]
-
-
-def parse_variant(text: str) -> Variant:
-    """The variant that `text` names.
-
-    Raises:
-        ValueError: there is no such method or setting.
-    """
-    from tda.fitted import Settings
-    from tda.methods import named
-
-    method, *pairs = text.split(":")
-    named(method, where="--methods")
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--methods: {text}: expected METHOD:SETTING=VALUE; got {pair!r}")
-        settings[name] = _parsed(value)
-    Settings.of(**settings)
-    return Variant(text, method, settings)
-
-
-def _parsed(value: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
 
 
 @dataclass(frozen=True)
@@ -83,10 +37,6 @@ class Scored:
 
     values: np.ndarray  # (query, row), or (row) of rows for themselves
     usage: Usage
-
-
-def _together(members: Sequence[Scored]) -> Scored:
-    return Scored(ensemble([one.values for one in members]), in_turn([one.usage for one in members]))
 
 
 @dataclass(frozen=True)
@@ -140,24 +90,51 @@ class RunStore:
     def scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
         """By variant, its (query, row) scores of every seed's run; made where they are missing, runs too.
 
-        An ensemble is made of its members' scores, which are worked out once, and costs what they cost.
+        What variants are put together from is worked out once. Each costs what its parts do; putting together is not counted (a
+        datamodel's takes .3 s for a hundred queries and retrainings, 6,000 rows).
         """
-        from tda.attribute import attribute
-
-        train, queries = self.data.train(self.recipe), self.data.queries(self.recipe)
-
-        def retrain(trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
-            return retrained_by_recipe(trainings, self.recipe, train)
-
-        def work(run: Run, variant: Variant, settings: dict) -> np.ndarray:
-            return attribute(variant.method, run, self.recipe.task, train, queries, retrain=retrain, **settings).values
-
-        members = {member.label: member for variant in variants for member in variant.members}
-        made = self._made("", list(members.values()), seeds, work)
+        leaves = {leaf.label: leaf for variant in variants for leaf in self._leaves(variant)}
+        made = self._made("", list(leaves.values()), seeds, self._score)
         return {
-            variant.label: [_together(runs) for runs in zip(*(made[member.label] for member in variant.members), strict=True)]
+            variant.label: [
+                self._put_together(variant, seed, {label: scored[place] for label, scored in made.items()})
+                for place, seed in enumerate(seeds)
+            ]
             for variant in variants
         }
+
+    def _score(self, run: Run, variant: Variant, settings: dict) -> np.ndarray:
+        from tda.attribute import attribute
+        from tda.datamodel import retrain_on_halves
+        from tda.fitted import Fitted, Settings
+
+        task, train, queries = self.recipe.task, self.data.train(self.recipe), self.data.queries(self.recipe)
+        if variant.method != RETRAININGS:
+            return attribute(variant.method, run, task, train, queries, **settings).values
+        retrain = functools.partial(retrained_by_recipe, recipe=self.recipe, data=train)
+        return retrain_on_halves(Fitted(run, task, train, queries, Settings.of(**settings), retrain=retrain))[1]
+
+    def _parts(self, variant: Variant) -> list[Variant]:
+        return variant.parts(self.recipe.task, self.data.train(self.recipe))
+
+    def _leaves(self, variant: Variant) -> list[Variant]:
+        """What is worked out by itself of all that the variant is put together from."""
+        return [leaf for part in self._parts(variant) for leaf in self._leaves(part)] or [variant]
+
+    def _put_together(self, variant: Variant, seed: int, made: dict[str, Scored]) -> Scored:
+        from tda.datamodel import half_signs, posterior
+
+        parts = [self._put_together(part, seed, made) for part in self._parts(variant)]
+        if not parts:
+            return made[variant.label]
+        values = [part.values for part in parts]
+        if variant.method == DATAMODEL:
+            prior, differences = values
+            signs = half_signs(self.data.num_rows, len(differences), seed=_settings(variant, seed)["seed"])
+            together = posterior(prior, signs, differences)
+        else:
+            together = ensemble(values)
+        return Scored(together, in_turn([part.usage for part in parts]))
 
     def self_scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
         """By variant, the (row,) score of every row for itself, of every seed's run."""
@@ -178,7 +155,7 @@ class RunStore:
             variant, seed = item
             run, path = self.run(seed), self._scores_path(kind, variant, seed)
             with contextlib.redirect_stderr(_NoTerminal(sys.stderr)), measured() as usage:
-                values = score(run, variant, {"seed": 1000 * seed} | variant.settings)
+                values = score(run, variant, _settings(variant, seed))
             write_json(path.with_suffix(".json"), asdict(usage))
             with whole(path) as part, part.open("wb") as file:
                 np.save(file, values)
@@ -197,6 +174,11 @@ class RunStore:
         ):
             for _done in call(items, description, unit):
                 pass
+
+
+def _settings(variant: Variant, seed: int) -> dict:
+    """The variant's settings, and draws of its own for every run."""
+    return {"seed": 1000 * seed} | variant.settings
 
 
 class _NoTerminal:

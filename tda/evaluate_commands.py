@@ -9,7 +9,7 @@ import numpy as np
 from tda.artifacts import write_json
 from tda.bank import Bank, ceiling, load_bank
 from tda.bank_data import ARRAYS, BankData
-from tda.bank_scores import NUM_CHECKPOINTS, RunStore, Variant, parse_variant
+from tda.bank_scores import NUM_CHECKPOINTS, RunStore
 from tda.builtin_bank import builtin_bank
 from tda.evaluate_lds import REFERENCES, default_methods, evaluate_lds, render_lds
 from tda.evaluate_mislabelled import evaluate_mislabelled, mislabelled_curves, read_bad_rows, render_mislabelled
@@ -17,6 +17,7 @@ from tda.evaluate_removal import Removal, default_counts, evaluate_removal, remo
 from tda.evaluation_plots import plot_curves, plot_lds
 from tda.make_bank import make_bank
 from tda.recipe import parse_recipe, resolve
+from tda.variants import Variant, parse_variant
 
 
 @dataclass(frozen=True)

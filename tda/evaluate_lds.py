@@ -6,9 +6,10 @@ from dataclasses import asdict
 import numpy as np
 
 from tda.bank import Bank, ceiling
-from tda.bank_scores import RunStore, Scored, Variant
+from tda.bank_scores import RunStore, Scored
 from tda.data import Documents
 from tda.lds import CONFIDENCE, RESAMPLES, MethodLDS, mean_over_queries, method_lds
+from tda.variants import Variant
 
 BASELINES = ("random", "bm25", "gradient_dot")
 BEST = ("averaged_influence", "surrogate", "surrogate+averaged_influence", "datamodel")

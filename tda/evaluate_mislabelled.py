@@ -11,11 +11,12 @@ import numpy as np
 
 from tda.bank import Bank
 from tda.bank_data import BankData
-from tda.bank_scores import RunStore, Variant
+from tda.bank_scores import RunStore
 from tda.data import batches
 from tda.evaluate import roc_auc
 from tda.evaluate_lds import describe
 from tda.text_table import text_table
+from tda.variants import Variant
 
 RANKINGS = {"queries": "harm to the queries", "self": "self-influence"}
 SHARES = (0.1, 0.2, 0.4)  # of the rows, looked at first

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from tda.bank import Bank
-from tda.bank_scores import RunStore, Variant
+from tda.bank_scores import RunStore
 from tda.bank_training import FULL, REMOVAL, Job
 from tda.evaluate_lds import describe
 from tda.lds import mean_over_queries
 from tda.make_bank import retrain
 from tda.text_table import text_table
+from tda.variants import Variant
 
 FULL_SEEDS = 5  # runs on all rows under which a query has to be right
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the rows; what to remove if nothing is said

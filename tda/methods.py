@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tda.averaged_influence import averaged_influence_scores
 from tda.baselines import random_scores, token_bm25_scores
-from tda.data import Documents, Examples
+from tda.data import Data, Documents, Examples
 from tda.datamodel import posterior, retrain_on_halves
 from tda.fitted import Fitted
 from tda.ggn import Product, pack
@@ -24,7 +24,7 @@ from tda.scores import ENSEMBLE, cosines, ensemble, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import SegmentDynamics
 from tda.surrogate import surrogate_scores
-from tda.task import Classification, Regression
+from tda.task import Classification, Regression, Task
 from tda.trajectory import averaged
 from tda.trak import Sketch, features, trak_scores
 
@@ -199,18 +199,22 @@ def surrogate(run: Fitted) -> np.ndarray:
 
 
 def datamodel(run: Fitted) -> np.ndarray:
-    """Another method's scores corrected by real retrainings on random halves (Ilyas et al. 2022; `datamodel.py`).
-
-    Raises:
-        ValueError: the other method is unknown, or this one.
-    """
-    kernels = isinstance(run.task, (Classification, Regression)) and isinstance(run.train, Examples)
-    name = run.settings.prior or ("surrogate+averaged_influence" if kernels else "averaged_influence")
-    if "datamodel" in name.split(ENSEMBLE):
-        raise ValueError(f"attribute: prior: {name!r}; expected another method, whose scores datamodel corrects")
-    prior = named(name, where="attribute: prior")
+    """Another method's scores corrected by real retrainings on random halves (Ilyas et al. 2022; `datamodel.py`)."""
+    prior = named(prior_of(run.task, run.train, asked_for=run.settings.prior), where="attribute: prior")
     signs, differences = retrain_on_halves(run)
     return posterior(prior(run), signs, differences)
+
+
+def prior_of(task: Task, train: Data, *, asked_for: str = "") -> str:
+    """The method whose scores `datamodel` corrects: the one that is asked for, else the most accurate that takes the task.
+
+    Raises:
+        ValueError: it is asked to correct itself.
+    """
+    if "datamodel" in asked_for.split(ENSEMBLE):
+        raise ValueError(f"attribute: prior: {asked_for!r}; expected another method, whose scores datamodel corrects")
+    kernels = isinstance(task, (Classification, Regression)) and isinstance(train, Examples)
+    return asked_for or ("surrogate+averaged_influence" if kernels else "averaged_influence")
 
 
 def random(run: Fitted) -> np.ndarray:

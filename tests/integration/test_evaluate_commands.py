@@ -11,7 +11,7 @@ from tda.attribute import attribute
 from tda.bank import load_bank, save_bank
 from tda.bank_data import BankData
 from tda.bank_scores import RunStore
-from tda.bank_training import train_run
+from tda.bank_training import retrained_by_recipe, train_run
 from tda.corpus import Text
 from tda.evaluate_removal import random_orders
 from tda.fitted import Fitted, Settings
@@ -80,6 +80,7 @@ def test_lds(classes, folder, capsys):
     together = result["methods"]["surrogate+averaged_influence"]
     members = [result["methods"][name] for name in ("surrogate", "averaged_influence")]
     assert together["cpu_seconds"] == pytest.approx(sum(member["cpu_seconds"] for member in members))
+    assert result["methods"]["datamodel"]["cpu_seconds"] > together["cpu_seconds"]
     assert together["peak_mib"] == max(member["peak_mib"] for member in members)
     source, ekfac = result["methods"]["source"], result["methods"]["ekfac_influence"]
     assert source["single"]["mean"] == pytest.approx(np.mean(source["single"]["by_seed"]))
@@ -98,16 +99,27 @@ def test_lds(classes, folder, capsys):
     assert json.loads((folder / "out" / "result.json").read_text()) == result
 
 
-def test_lds_is_that_of_the_scores_of_attribute(classes, folder):
-    assert (
-        cli.main(["evaluate", "lds", "--bank", str(classes), "--seeds", "2", "--methods", "gradient_dot", "--json", "r.json"])
-        == 0
-    )
+@pytest.mark.parametrize("method", ["gradient_dot", "datamodel"])
+def test_lds_is_that_of_the_scores_of_attribute(classes, folder, method):
+    arguments = ["--bank", str(classes), "--seeds", "2", "--methods", f"{method}:retrainings=10", "--json", "r.json"]
+    assert cli.main(["evaluate", "lds", *arguments]) == cli.OK
     bank = load_bank(classes)
     store = RunStore(bank.data, bank.recipe, folder / "data" / "evaluate")
     train, queries = bank.data.train(bank.recipe), bank.data.queries(bank.recipe)
-    scores = [attribute("gradient_dot", store.run(seed), bank.recipe.task, train, queries).values for seed in (0, 1)]
-    result = json.loads((folder / "r.json").read_text())["methods"]["gradient_dot"]
+    scores = [
+        attribute(
+            method,
+            store.run(seed),
+            bank.recipe.task,
+            train,
+            queries,
+            retrain=lambda trainings: retrained_by_recipe(trainings, bank.recipe, train),
+            seed=1000 * seed,
+            retrainings=10,
+        ).values
+        for seed in (0, 1)
+    ]
+    result = json.loads((folder / "r.json").read_text())["methods"][f"{method}:retrainings=10"]
     by_query = [lds_by_query(run, bank.masks, bank.costs) for run in scores]
     assert np.allclose(result["single"]["by_query"], np.mean(by_query, axis=0))
     assert np.allclose(result["ensemble"]["by_query"], lds_by_query(scores[0] + scores[1], bank.masks, bank.costs))

@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from tda.bank_scores import parse_variant
 from tda.bank_training import initial_model, train_run
 from tda.builtin_bank import NUM_QUERIES, NUM_ROWS, SOURCES, _tabulated
+from tda.data import Examples
 from tda.evaluate_mislabelled import found, read_bad_rows
 from tda.evaluation_plots import plot_curves, plot_lds
 from tda.run_files import load_run, save_run
+from tda.task import CausalLM, Classification
 from tda.text_table import text_table
 from tda.usage import measured
+from tda.variants import parse_variant
 from tests.banks import data_for, fake_bank, recipe
+from tests.helpers import random_documents
 
 ADAMW = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "batch": 4, "epochs": 3}
+EXAMPLES = (Classification(), Examples(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"training": ADAMW}])
@@ -71,9 +75,18 @@ def test_a_variant_of_a_method():
     variant = parse_variant("source:num_segments=2:damping=0.5:adam=symmetric")
     assert (variant.method, variant.settings) == ("source", {"num_segments": 2, "damping": 0.5, "adam": "symmetric"})
     assert parse_variant("random").settings == {}
-    assert variant.members == [variant]
+    assert variant.parts(*EXAMPLES) == []
+
+
+def test_what_a_variant_is_put_together_from():
     both = parse_variant("surrogate+tracin:num_segments=2")
-    assert both.members == [parse_variant("surrogate:num_segments=2"), parse_variant("tracin:num_segments=2")]
+    assert both.parts(*EXAMPLES) == [parse_variant("surrogate:num_segments=2"), parse_variant("tracin:num_segments=2")]
+    corrected = parse_variant("datamodel:retrainings=6:rounds=2")
+    prior, retrainings = corrected.parts(*EXAMPLES)
+    assert prior == parse_variant("surrogate+averaged_influence:rounds=2")
+    assert (retrainings.method, retrainings.settings) == ("retrainings", {"retrainings": 6, "rounds": 2})
+    assert corrected.parts(CausalLM(), random_documents(2))[0] == parse_variant("averaged_influence:rounds=2")
+    assert parse_variant("datamodel:prior=source").parts(*EXAMPLES)[0] == parse_variant("source")
 
 
 @pytest.mark.parametrize(

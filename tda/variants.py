@@ -1,0 +1,66 @@
+"""Methods with settings, as `--methods` names them, and what each is put together from."""
+
+from dataclasses import dataclass
+
+from tda.data import Data
+from tda.scores import ENSEMBLE
+from tda.task import Task
+
+DATAMODEL = "datamodel"
+RETRAININGS = "retrainings"  # no method: a datamodel's own part, what the queries' costs became in training on halves
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, or several joined by +, with settings of its own, as `source:adam=symmetric:num_segments=2`."""
+
+    label: str
+    method: str
+    settings: dict[str, object]
+
+    def parts(self, task: Task, train: Data) -> list["Variant"]:
+        """An ensemble's members; a datamodel's prior and retrainings; nothing of what is worked out by itself."""
+        from tda.methods import prior_of
+
+        names = self.method.split(ENSEMBLE)
+        if len(names) > 1:
+            return [_variant(name, self.settings) for name in names]
+        if self.method == DATAMODEL:
+            of_prior = {name: value for name, value in self.settings.items() if name not in ("prior", "retrainings")}
+            prior = prior_of(task, train, asked_for=str(self.settings.get("prior", "")))
+            return [_variant(prior, of_prior), _variant(RETRAININGS, self.settings)]
+        return []
+
+
+def _variant(method: str, settings: dict[str, object]) -> Variant:
+    return Variant(":".join([method, *(f"{name}={value}" for name, value in settings.items())]), method, settings)
+
+
+def parse_variant(text: str) -> Variant:
+    """The variant that `text` names.
+
+    Raises:
+        ValueError: there is no such method or setting.
+    """
+    from tda.fitted import Settings
+    from tda.methods import named
+
+    method, *pairs = text.split(":")
+    named(method, where="--methods")
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--methods: {text}: expected METHOD:SETTING=VALUE; got {pair!r}")
+        settings[name] = _parsed(value)
+    Settings.of(**settings)
+    return Variant(text, method, settings)
+
+
+def _parsed(value: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
