@@ -50,7 +50,7 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
     for rows, seed in trainings:
         model = copy.deepcopy(run.model).eval()
         model.load_state_dict(run.initial, strict=False)  # names of tied weights may be left out
-        steps, rates = schedule_without(run, rows, num_rows=len(train), seed=seed)
+        steps, rates = schedule_without(run, rows, seed=seed)
         optimizer = make_optimizer(model, run.optimizer)
         tail = TailMean(model, len(steps))
         for number, (step, rate) in enumerate(zip(steps, rates, strict=True), start=1):
@@ -61,13 +61,15 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
         yield tail.finish()
 
 
-def schedule_without(run: Run, rows: np.ndarray, *, num_rows: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The rows of every step of training on `rows` alone as long as `run` did on `num_rows`, and every step's learning rate.
+def schedule_without(run: Run, rows: np.ndarray, *, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows of every step of training on those of `rows` that `run` saw, as it did on all, and every step's learning rate.
 
     As many epochs, each in a fresh order, in batches as large as the run's largest; rates follow the run's over its length.
     """
-    random = np.random.default_rng(seed)
-    size, left = max(map(len, run.batches)), round(sum(map(len, run.batches)) / num_rows * len(rows))
+    random, recorded = np.random.default_rng(seed), np.concatenate(run.batches)
+    seen = np.unique(recorded)
+    rows = rows[np.isin(rows, seen)]
+    size, left = max(map(len, run.batches)), round(len(recorded) / len(seen) * len(rows))
     steps: list[np.ndarray] = []
     while left > 0:
         order = random.permutation(rows)[:left]

@@ -129,12 +129,15 @@ def test_a_retraining_takes_as_many_epochs_at_the_rates_of_the_run():
     run = setting("classification")[0]  # twelve steps of four of twelve rows: four epochs
     run = replace(run, learning_rates=np.arange(12) / 100)
     rows = np.array([0, 2, 3, 7, 8, 11])
-    steps, rates = schedule_without(run, rows, num_rows=12, seed=5)
+    steps, rates = schedule_without(run, rows, seed=5)
     assert [len(step) for step in steps] == [4, 2] * 4
     epochs = [np.concatenate(steps[at : at + 2]) for at in range(0, 8, 2)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     np.testing.assert_allclose(rates, [0, 0.01, 0.03, 0.04, 0.06, 0.07, 0.09, 0.1])
+    part = replace(run, batches=[np.array([0, 1, 2, 3])] * 12)  # of the others the run knows nothing
+    steps, _rates = schedule_without(part, rows, seed=5)
+    assert [sorted(step) for step in steps] == [[0, 2, 3]] * 12
 
 
 @pytest.mark.parametrize(("kind", "optimizer"), [("classification", "sgd"), ("classification", "adamw"), ("lm", "adamw")])
@@ -144,7 +147,7 @@ def test_a_retraining_is_a_training_loop_written_out(kind, optimizer):
     (model,) = retrained(run, task, train, [(rows, 7)])
     expected = copy.deepcopy(run.model)
     expected.load_state_dict(run.initial)
-    steps, rates = schedule_without(run, rows, num_rows=12, seed=7)
+    steps, rates = schedule_without(run, rows, seed=7)
     made = {
         "sgd": lambda: torch.optim.SGD(expected.parameters(), lr=1, momentum=0.5, weight_decay=0.01),
         "adamw": lambda: torch.optim.AdamW(expected.parameters(), lr=1, weight_decay=0.1),
