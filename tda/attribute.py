@@ -29,6 +29,11 @@ def attribute(
     `retrain` is for `datamodel`, where training starts from random weights: of a sequence of (row numbers, seed) it gives a model
     trained on each, its initial weights drawn by the seed. Without it every retraining starts from the run's own initial weights.
 
+        def retrain(trainings):
+            for rows, seed in trainings:
+                torch.manual_seed(seed)
+                yield fit(make_model(), rows)
+
     Raises:
         ValueError: the method or a setting is unknown, or run and data do not go together.
     """
