@@ -53,7 +53,8 @@ def parse_variant(text: str) -> Variant:
         if not equals:
             raise ValueError(f"--methods: {text}: expected METHOD:SETTING=VALUE; got {pair!r}")
         settings[name] = _parsed(value)
-    Settings.of(**settings)
+    if chosen := Settings.of(**settings).prior:
+        named(str(chosen), where=f"--methods: {text}: prior")
     return Variant(text, method, settings)
 
 

@@ -96,6 +96,7 @@ def test_what_a_variant_is_put_together_from():
         ("source+sauce", "--methods: unknown method 'sauce'; known are gradient_dot.* and any of them joined by +"),
         ("source+", "--methods: unknown method ''; known are gradient_dot"),
         ("source:adam", "--methods: source:adam: expected METHOD:SETTING=VALUE; got 'adam'"),
+        ("datamodel:prior=sauce", "--methods: datamodel:prior=sauce: prior: unknown method 'sauce'; known are gradient_dot"),
         ("source:segments=3", "unknown settings segments; known are num_segments"),
     ],
 )
