@@ -18,6 +18,7 @@ import xxhash
 from tda.artifacts import only_run, read_json, whole, write_json
 from tda.bank_data import BankData
 from tda.bank_training import ATTRIBUTED, initial_model, retrained_by_recipe, train_run
+from tda.data import Data
 from tda.make_bank import num_processes
 from tda.parallel import worker_pool
 from tda.recipe import Recipe
@@ -49,6 +50,14 @@ class RunStore:
     num_checkpoints: int = NUM_CHECKPOINTS
     workers: int = 0  # 0: one per core
 
+    @functools.cached_property
+    def _train(self) -> Data:
+        return self.data.train(self.recipe)
+
+    @functools.cached_property
+    def _queries(self) -> Data:
+        return self.data.queries(self.recipe)
+
     def _key(self, *more: str) -> str:
         digest = xxhash.xxh3_64(self.data.digest(self.recipe).encode())
         for part in (str(self.num_checkpoints), *more):
@@ -72,7 +81,7 @@ class RunStore:
     def train(self, seeds: Sequence[int]) -> None:
         """Make the runs that are not there yet, in parallel."""
         missing = [seed for seed in seeds if not self._run_folder(seed).exists()]
-        data = self.data.train(self.recipe)
+        data = self._train
 
         def work(seed: int) -> None:
             with measured() as usage:
@@ -95,27 +104,22 @@ class RunStore:
         """
         leaves = {leaf.label: leaf for variant in variants for leaf in self._leaves(variant)}
         made = self._made("", list(leaves.values()), seeds, self._score)
-        return {
-            variant.label: [
-                self._put_together(variant, seed, {label: scored[place] for label, scored in made.items()})
-                for place, seed in enumerate(seeds)
-            ]
-            for variant in variants
-        }
+        by_seed = {seed: {label: scored[place] for label, scored in made.items()} for place, seed in enumerate(seeds)}
+        return {variant.label: [self._put_together(variant, seed, by_seed[seed]) for seed in seeds] for variant in variants}
 
     def _score(self, run: Run, variant: Variant, settings: dict) -> np.ndarray:
         from tda.attribute import attribute
         from tda.datamodel import retrain_on_halves
         from tda.fitted import Fitted, Settings
 
-        task, train, queries = self.recipe.task, self.data.train(self.recipe), self.data.queries(self.recipe)
+        task, train, queries = self.recipe.task, self._train, self._queries
         if variant.method != RETRAININGS:
             return attribute(variant.method, run, task, train, queries, **settings).values
         retrain = functools.partial(retrained_by_recipe, recipe=self.recipe, data=train)
         return retrain_on_halves(Fitted(run, task, train, queries, Settings.of(**settings), retrain=retrain))[1]
 
     def _parts(self, variant: Variant) -> list[Variant]:
-        return variant.parts(self.recipe.task, self.data.train(self.recipe))
+        return variant.parts(self.recipe.task, self._train)
 
     def _leaves(self, variant: Variant) -> list[Variant]:
         """What is worked out by itself of all that the variant is put together from."""
@@ -141,7 +145,7 @@ class RunStore:
         from tda.fitted import Fitted, Settings
         from tda.self_influence import self_scores
 
-        train = self.data.train(self.recipe)
+        train = self._train
 
         def work(run: Run, variant: Variant, settings: dict) -> np.ndarray:
             return self_scores(variant.method, Fitted(run, self.recipe.task, train, train, Settings.of(**settings)))

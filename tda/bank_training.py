@@ -99,9 +99,7 @@ def outcomes(
         return measure_stack(train_stack(jobs, recipe, train), recipe, queries)
     values, correct = np.empty((2, len(jobs), len(queries)))
     for place, job in enumerate(jobs):
-        model = initial_model(recipe, job.seed)
-        steps = schedule(job.rows, recipe.training, job.seed)
-        train_one(model, train, steps, recipe, optimizer=recipe_optimizer(model, recipe.training))
+        model = train_job(job, recipe, train)
         if isinstance(recipe.model, MLPModel):
             values[[place]], correct[[place]] = measure_stack(ModelStack([model]), recipe, queries)
         else:
@@ -134,12 +132,17 @@ def retrained_by_recipe(trainings: Sequence[Retraining], recipe: Recipe, data: D
         if size > 1:
             yield from train_stack(jobs[start : start + size], recipe, data, averaged=True).unstacked()
         else:
-            model = initial_model(recipe, jobs[start].seed)
-            steps = schedule(jobs[start].rows, recipe.training, jobs[start].seed)
-            tail = TailMean(model, len(steps))
-            optimizer = recipe_optimizer(model, recipe.training)
-            train_one(model, data, steps, recipe, optimizer=optimizer, after=lambda _rows, tail=tail: tail.step())
-            yield tail.finish()
+            yield train_job(jobs[start], recipe, data, averaged=True)
+
+
+def train_job(job: Job, recipe: Recipe, data: Data, *, averaged: bool = False) -> nn.Module:
+    """The model of one job, by `train_one`; or at the mean of its last weights."""
+    model = initial_model(recipe, job.seed)
+    steps = schedule(job.rows, recipe.training, job.seed)
+    tail = TailMean(model, len(steps) if averaged else 0)
+    optimizer = recipe_optimizer(model, recipe.training)
+    train_one(model, data, steps, recipe, optimizer=optimizer, after=lambda _rows: tail.step())
+    return tail.finish()
 
 
 def train_stack(jobs: Sequence[Job], recipe: Recipe, data: Examples, *, averaged: bool = False) -> ModelStack:

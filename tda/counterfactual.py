@@ -29,6 +29,14 @@ Retrain = Callable[[Sequence[Retraining]], Iterable[nn.Module]]
 """A model for each training, in their order: trained as the run was, but on those rows."""
 
 
+def random_halves(num_rows: int, number: int, random: np.random.Generator) -> np.ndarray:
+    """(half, row) uniform random halves of the rows, True = in it; of an odd number of rows, the smaller part."""
+    halves = np.zeros((number, num_rows), dtype=bool)
+    for half in halves:
+        half[random.permutation(num_rows)[: num_rows // 2]] = True
+    return halves
+
+
 def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
     """Models trained by the steps of a recorded run: from its initial weights, as many epochs in another order, by its rates.
 

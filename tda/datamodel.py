@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.counterfactual import query_costs
+from tda.counterfactual import query_costs, random_halves
 from tda.fitted import Fitted
 
 SPREADS = np.geomspace(1e-3, 1e2, 31)  # of the prior in a pair's difference, in parts of the noise's variance
@@ -58,12 +58,11 @@ def retrain_on_halves(run: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float
 
 
 def half_signs(num_rows: int, num_pairs: int, *, seed: int) -> Float[np.ndarray, "pair row"]:
-    """1 for the rows of a uniform random half, -1 for the others."""
-    random = np.random.default_rng(seed)
-    signs = -np.ones((num_pairs, num_rows))
-    for pair in signs:
-        pair[random.permutation(num_rows)[: num_rows // 2]] = 1
-    return signs
+    """1 for the rows of a uniform random half, -1 for the others.
+
+    Not the halves that a bank of the same seed is made of (`half_subsets`), on which a datamodel may be measured.
+    """
+    return np.where(random_halves(num_rows, num_pairs, np.random.default_rng(seed)), 1.0, -1.0)
 
 
 def posterior(

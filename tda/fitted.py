@@ -89,9 +89,10 @@ class Fitted:
                 f"attribute: the run saw row {largest}, the training data have {len(train)} rows; expected the data of the run, "
                 "in the order of its row numbers"
             )
-        if not self.rates.sum() > 0:
+        rates = run.learning_rates
+        if not rates.sum() > 0:
             raise ValueError(
-                f"attribute: the learning rates of the run's {len(self.rates)} steps sum to {self.rates.sum():g}; expected a run "
+                f"attribute: the learning rates of the run's {len(rates)} steps sum to {rates.sum():g}; expected a run "
                 "that has learned something; record it before a scheduler changes the rate"
             )
         self.batch_size = settings.batch_size or (4096 if isinstance(train, Documents) else 256)
@@ -260,13 +261,14 @@ class Fitted:
 
     def second_moments(self, index: int) -> dict[str, Tensor]:
         """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""
-        modules, v = linear_modules(self.run.model), self.run.checkpoints[index].unbiased_second_moments(self.run.optimizer)
+        checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
+        v, correction = checkpoint.second_moments, checkpoint.bias_correction(self.run.optimizer)
 
         def matrix(layer: Layer) -> Tensor:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
             return layer_matrix(modules[layer.name], weight, bias)
 
-        return {layer.name: matrix(layer) for layer in self.layers}
+        return {layer.name: matrix(layer) / correction for layer in self.layers}
 
     @cached_property
     def dynamics(self) -> list[SegmentDynamics]:

@@ -12,6 +12,7 @@ from tda.artifacts import only_run, remove, whole
 from tda.bank import Bank, save_bank
 from tda.bank_data import BankData, check_data
 from tda.bank_training import FULL, SUBSET, Job, models_at_once, outcomes
+from tda.counterfactual import random_halves
 from tda.parallel import worker_pool
 from tda.recipe import Recipe
 
@@ -58,11 +59,7 @@ def make_bank(
 
 def half_subsets(num_rows: int, num_subsets: int, *, seed: int) -> np.ndarray:
     """(subset, row) uniform random halves, True = kept."""
-    random = np.random.default_rng([seed, num_rows])
-    masks = np.zeros((num_subsets, num_rows), dtype=bool)
-    for mask in masks:
-        mask[random.permutation(num_rows)[: num_rows // 2]] = True
-    return masks
+    return random_halves(num_rows, num_subsets, np.random.default_rng([seed, num_rows]))
 
 
 def retrain(

@@ -42,9 +42,9 @@ class Checkpoint:
     second_moments: dict[str, Tensor]  # empty for SGD
     mean_weights: dict[str, Tensor] = field(default_factory=dict)  # empty if not recorded
 
-    def unbiased_second_moments(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The second moments without what they lack for having started from 0, by parameter name."""
-        return {name: v / (1 - optimizer.beta2**self.step) for name, v in self.second_moments.items()}
+    def bias_correction(self, optimizer: Optimizer) -> float:
+        """What the second moments are to be divided by, for having started from 0."""
+        return 1 - optimizer.beta2**self.step
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,19 @@ def at_mean(run: Run, indices: Sequence[int]) -> Run:
 
 def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Checkpoint:
     """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
-    last, unbiased = held[-1], [each.unbiased_second_moments(optimizer) for each in held]
+    last = held[-1]
     return Checkpoint(
         step,
         {
             name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
             for name, value in last.weights.items()
         },
-        {name: (1 - optimizer.beta2**step) * sum(v[name] for v in unbiased) / len(held) for name in last.second_moments},
+        {
+            name: (1 - optimizer.beta2**step)
+            * sum(each.second_moments[name] / each.bias_correction(optimizer) for each in held)
+            / len(held)
+            for name in last.second_moments
+        },
     )
 
 

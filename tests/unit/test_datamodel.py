@@ -17,6 +17,7 @@ from tda.bank_training import Job, initial_model, recipe_optimizer, retrained_by
 from tda.counterfactual import AVERAGED, query_costs, retrained, schedule_without
 from tda.data import Examples
 from tda.datamodel import DEVIATIONS, SPREADS, half_signs, posterior
+from tda.make_bank import half_subsets
 from tda.task import Classification
 from tda.trajectory import Recorder
 from tests.banks import data_for, recipe
@@ -123,6 +124,7 @@ def test_halves_are_halves():
     assert set(signs.sum(axis=1)) == {-1}
     assert abs(signs.mean(axis=0) + 1 / 7).max() < 0.5
     assert not np.array_equal(signs, half_signs(7, 40, seed=4))
+    assert not np.array_equal(signs > 0, half_subsets(7, 40, seed=3))  # a bank of that seed is not learned from
 
 
 def test_a_retraining_takes_as_many_epochs_at_the_rates_of_the_run():
