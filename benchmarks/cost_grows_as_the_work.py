@@ -25,7 +25,7 @@ from tda import costs
 from tda.config import Architecture
 from tda.data import Documents, batch_plan
 from tda.evaluation_plots import COLOURS, INK, MUTED, figure
-from tda.factors import fit_factors
+from tda.fit_factors import fit_factors
 from tda.gradients import gradient_rows
 from tda.model import build_model, tracked_layers
 from tda.projection import random_projections

@@ -99,18 +99,15 @@ def least_covariances(model: costs.Decoder, load: costs.Load) -> int:
 def least_eigenvalues(model: costs.Decoder, load: costs.Load) -> int:
     """`least_frozen`, both sides rotated per token, 2 (d_in^2 + d_out^2), inputs once per group, and every document's gradient.
 
-    That last is 2 d_in d_out per token, and as much per document for the sum of its weighted squares. To rotate gradients instead
-    is 2 d_in d_out (d_in + d_out) per document: less, and then the bound, where documents are longer than the width of a square
-    layer.
+    That last is 2 d_in d_out per token. To rotate gradients instead is 2 d_in d_out (d_in + d_out) per document: less, and then
+    the bound, where documents are longer than the width of a square layer.
     """
     length = load.tokens / load.documents
     inputs = {layer.group: layer.d_in**2 for layer in model.tracked}
     by_token = sum(inputs.values()) + sum(layer.d_out**2 for layer in model.tracked)
     by_document = sum(layer.d_in * layer.d_out * (layer.d_in + layer.d_out) for layer in model.tracked) / length
     gradient = sum(layer.d_in * layer.d_out for layer in model.tracked)
-    return int(
-        least_frozen(model, load) + 2 * load.tokens * (min(by_token, by_document) + gradient) + 2 * load.documents * gradient
-    )
+    return int(least_frozen(model, load) + 2 * load.tokens * (min(by_token, by_document) + gradient))
 
 
 # counting

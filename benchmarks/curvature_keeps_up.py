@@ -36,7 +36,6 @@ def main(arguments: Sequence[str]) -> None:
     model, documents = made_model(chosen, config=load_config(ROOT / "params.yaml")), made_documents(chosen)
     layers = tracked_layers(model)
     batches = made_batches(documents, chosen)
-    weights = torch.ones(len(documents), device=chosen.device)
     model.requires_grad_(False)
 
     def generator() -> torch.Generator:
@@ -49,9 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         "reference": lambda: [frozen_pass(model, batch) for batch in batches],
         "lean_reference": lambda: [lean_pass(model, batch) for batch in batches],
         "covariances": lambda: covariances(model, layers, batches, task=CausalLM(), generator=generator()),
-        "eigenvalues": lambda: corrected_eigenvalues(
-            model, layers, batches, task=CausalLM(), basis=basis, weights=weights, generator=generator()
-        ),
+        "eigenvalues": lambda: corrected_eigenvalues(model, layers, batches, task=CausalLM(), basis=basis, generator=generator()),
     }
     flops = {name: count_flops(action) for name, action in actions.items()}
     spent = in_turns(actions, rounds=chosen.rounds, device=chosen.device)

@@ -27,7 +27,7 @@ from tda.bank_scores import RunStore
 from tda.compression import MOST_BITS, Quantiser, allotted_bits, largest_coordinates, largest_rectangles
 from tda.data import Documents
 from tda.evaluation_plots import BASELINE, COLOURS, DASHES, INK, MUTED, figure
-from tda.factors import fit_factors
+from tda.fit_factors import fit_factors
 from tda.fitted import Fitted, Settings
 from tda.ggn import pack
 from tda.gradients import gradient_rows

@@ -298,7 +298,6 @@ def _passes(
     def load(rows: Sequence[Sequence[int]]) -> costs.Load:
         return load_of(rows, lengths, predictions)
 
-    weights = torch.ones(len(documents))
     rank = config.gradients.rank
     actions: dict[str, tuple[Callable[[], object], float]] = {
         "covariances": (
@@ -306,7 +305,7 @@ def _passes(
             costs.covariance_pass(shapes, load(plan)),
         ),
         "eigenvalues": (
-            lambda: corrected_eigenvalues(model, layers, batches, task=task, basis=basis, weights=weights, generator=generator),
+            lambda: corrected_eigenvalues(model, layers, batches, task=task, basis=basis, generator=generator),
             costs.eigenvalue_pass(shapes, load(plan)),
         ),
         "rows": (

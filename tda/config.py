@@ -120,6 +120,7 @@ class Curvature(Section):
     layers: str  # regular expression on module names
     num_documents: int = Field(ge=0)  # drawn from the documents seen in the segment; 0: all of them
     adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters; "none" is blind to it
+    precision: Literal["float32", "bfloat16"]  # of weights, activations and their products; sums are in float32
     seed: int
 
 
@@ -189,6 +190,9 @@ class Compute(Section):
 
     device: Literal["auto", "cpu", "cuda"]
     workers: int = Field(ge=0)  # processes of one thread each on the CPU; 0: one per core
+    factor_gib: float = Field(
+        ge=0
+    )  # what fitting curvature may take beside the model, else by blocks of layers; 0: half of what is free
     compile: Literal["auto", "always", "never"]  # decoder layers, for the rows of gradients; auto: on a GPU
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from tda.ekfac import MOST_STRIPS, SMALLEST_STRIP
+from tda.ekfac import strip_width
 from tda.model import Layer, num_parameters, tracked_layers
 from tda.stored_rows import stored_bytes
 
@@ -149,14 +149,13 @@ def covariance_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
 
 def _lower_product(side: int) -> int:
     """Multiply-adds of a row's outer product with itself, as `ekfac.add_lower_products` does it."""
-    strip = side if side < SMALLEST_STRIP * 2 else max(SMALLEST_STRIP, -(-side // MOST_STRIPS))
+    strip = strip_width(side)
     return sum((side - start) * min(strip, side - start) for start in range(0, side, strip))
 
 
 def eigenvalue_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
-    """A frozen pass, both sides of every tracked layer rotated, their product for every document, and the sum of its squares."""
-    squares = 2 * load.documents * (row_values(model, rank=rank) if rank else model.gradient)
-    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank) + squares
+    """A frozen pass, both sides of every tracked layer rotated, and their product for every document."""
+    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank)
 
 
 def row_pass(model: Decoder, load: Load, *, rank: int) -> int:

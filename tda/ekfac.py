@@ -2,8 +2,11 @@
 
 `A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's
 Hessian: the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training
-loss is `w` times the document's summed token loss. Labels at different tokens are drawn independently, so cross terms vanish in
-the mean, and one `w` makes this the diagonal of the Gauss-Newton matrix of the loss that was minimised.
+loss is `w` times the document's summed token loss (`factors.fit_factors` multiplies by `w`). Labels at different tokens are drawn
+independently, so cross terms vanish in the mean, and one `w` makes this the diagonal of the Gauss-Newton matrix of the loss that
+was minimised.
+
+A model in bfloat16 has its activations rotated and multiplied in bfloat16; every sum over tokens or documents is in float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,15 +17,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda.capture import captured
-from tda.data import Batch, TensorBatch
+from tda.data import TensorBatch
 from tda.losses import at_least_float32
 from tda.model import Layer
+from tda.packing import DocumentBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.spectral import SpectralFn
 from tda.task import Task
 
-SMALLEST_STRIP = 64  # columns; narrower products run slower than they are smaller
+SMALLEST_STRIP = 64  # columns, and what strips are multiples of; narrower products run slower than they are smaller
 MOST_STRIPS = 12
+ONE_BY_ONE = 1 << 16  # values of a gradient from which documents' gradients are formed one after another, each in the cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def _merged(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tenso
 def covariances(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch | TensorBatch],
+    batches: Iterable[DocumentBatch | TensorBatch],
     *,
     task: Task,
     generator: torch.Generator,
@@ -109,9 +114,14 @@ def add_lower_products(total: Float[Tensor, "d d"], rows: Float[Tensor, "row d"]
     A strip starts at its diagonal block, so that with s strips (s + 1) / 2s of the whole product's operations are done.
     """
     d = len(total)
-    strip = d if d < SMALLEST_STRIP * 2 else max(SMALLEST_STRIP, -(-d // MOST_STRIPS))
+    strip = strip_width(d)
     for start in range(0, d, strip):
         total[start:, start : start + strip].addmm_(rows[:, start:].T, rows[:, start : start + strip])
+
+
+def strip_width(d: int) -> int:
+    """Columns of a strip of a matrix of d columns: of at most `MOST_STRIPS`, aligned as a GPU's products have to be."""
+    return d if d < SMALLEST_STRIP * 2 else -(-d // (MOST_STRIPS * SMALLEST_STRIP)) * SMALLEST_STRIP
 
 
 def complete_from_lower(total: Float[Tensor, "d d"]) -> None:
@@ -137,8 +147,14 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
             f"curvature: the covariance of the {what} is not finite; likely the checkpoint has diverged (look at the training "
             "loss), or activations overflow the model's dtype"
         )
-    matrix = covariance.double()
-    _values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    on_cpu = covariance.device.type == "cpu"
+    matrix = covariance.double() if on_cpu else covariance  # on a GPU the time is that of the bytes: eigenvalues are corrected
+    try:
+        _values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    except torch.linalg.LinAlgError:  # a GPU's solver does not always converge where many eigenvalues are nearly equal
+        if on_cpu:
+            raise
+        return _eigenvectors(covariance.cpu(), what).to(covariance.device)
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return (vectors * largest.sign()).to(covariance.dtype)  # a fixed sign, so that equal covariances give equal rows
@@ -147,36 +163,50 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
 def corrected_eigenvalues(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch | TensorBatch],
+    batches: Iterable[DocumentBatch | TensorBatch],
     *,
     task: Task,
     basis: dict[str, tuple[Tensor, Tensor]],
-    weights: Float[Tensor, " document"],
     generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], int]:
-    """Sums over documents of `w (Q_S^T G Q_A)^2` with sampled labels, and the number of documents.
+    """Sums over documents of `(Q_S^T G Q_A)^2` with sampled labels, and the number of documents.
 
-    `weights` holds every document's `w`, by row number. Activations and pseudo-gradients are rotated before their product.
+    Activations and pseudo-gradients are rotated before their product.
     """
     Lambda = {name: Q_A.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}
+    dtype = next(model.parameters()).dtype
+    rotations = {name: (Q_A.to(dtype), Q_S.to(dtype)) for name, (Q_A, Q_S) in basis.items()}
     num_documents = 0
-    w: Tensor
+    batch: DocumentBatch | TensorBatch
 
     def rotate_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return encode_inputs(at_least_float32(a), basis[layer.name][0], bias=layer.bias)
+        return encode_inputs(a.to(dtype), rotations[layer.name][0], bias=layer.bias)
 
     def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
-        Ds = at_least_float32(Ds) @ basis[layer.name][1]
-        if Ds.shape[1] == 1:  # the square of an outer product is that of the squares: no gradient is formed
-            squares = w.to(Ds.dtype)[:, None] * Ds[:, 0].square()
-            Lambda[layer.name].addmm_(squares.T, rotated[:, 0].square())
-        else:
-            Lambda[layer.name] += torch.tensordot(w.to(Ds.dtype), (Ds.mT @ rotated).square_(), dims=1)
+        add_squared_gradients(
+            Lambda[layer.name], batch.by_document(Ds.to(dtype) @ rotations[layer.name][1]), batch.by_document(rotated)
+        )
 
     with captured(model, layers, encode=rotate_inputs, consume=add_squares):
         for batch in batches:
-            w = weights[batch.rows]
             num_documents += len(batch.rows)
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Lambda, num_documents
+
+
+def add_squared_gradients(
+    total: Float[Tensor, "d_out d_in"],
+    outputs: Float[Tensor, "document position d_out"],
+    inputs: Float[Tensor, "document position d_in"],
+) -> None:
+    """Add the squares of every document's gradient, the sum over positions of `outputs inputs^T`."""
+    if outputs.shape[1] == 1:  # the square of an outer product is that of the squares: no gradient is formed
+        total.addmm_(at_least_float32(outputs[:, 0]).square().T, at_least_float32(inputs[:, 0]).square())
+    elif total.numel() < ONE_BY_ONE:
+        total += at_least_float32(outputs.mT @ inputs).square_().sum(dim=0)
+    else:
+        G = inputs.new_empty(total.shape)
+        for one_outputs, one_inputs in zip(outputs, inputs, strict=True):
+            torch.mm(one_outputs.T, one_inputs, out=G)
+            total.addcmul_(G, G)

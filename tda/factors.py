@@ -1,26 +1,19 @@
-"""The curvature of a segment: fitted over its checkpoints, saved, loaded, and turned into projections and preconditioners."""
+"""The curvature of a segment: saved, loaded, and turned into projections and preconditioners."""
 
-import functools
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tda.artifacts import damaged, existing, whole
-from tda.data import Data, batch_plan
-from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
-from tda.model import Layer, tracked_layers
-from tda.parallel import parallel_map
-from tda.preconditioner import Curvature, DiagonalCurvature, LayerCurvature, plain, scalar, scaled_eigenbasis, scaled_factors
+from tda.ekfac import EKFAC
+from tda.model import Layer
+from tda.preconditioner import Curvature, DiagonalCurvature, LayerCurvature, plain, scalar
 from tda.projection import Projection, random_projections
-from tda.task import Task
-
-NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
 
 
 @dataclass(frozen=True)
@@ -83,101 +76,6 @@ class SegmentFactors:
 
 def _leading(Q: Tensor, eigenvalues: Tensor, rank: int) -> Tensor:
     return Q[:, eigenvalues.argsort(descending=True, stable=True)[:rank]].contiguous()
-
-
-def fit_factors(
-    checkpoints: Sequence[str | int],
-    load: Callable[[str | int], nn.Module],
-    data: Data,
-    *,
-    task: Task,
-    pattern: str,
-    weight: float,
-    P: dict[str, Tensor],
-    adam: str,
-    projections: Callable[[list[Layer]], dict[str, Projection]] | None,
-    batch_tokens: int,
-    seed: int,
-    workers: int,
-    device: torch.device,
-    fitted: bool = True,
-) -> SegmentFactors:
-    """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
-
-    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
-    loss. With `projections`, everything happens in projected space. Parts of the data are done in parallel on the CPU. With
-    `fitted` off the projections are all there is: the factors are left to `row_curvature`.
-    """
-    layers = tracked_layers(
-        load(checkpoints[-1]).to(device), pattern, probe=lambda model: task.losses(model, data.batch([0]).to(device))
-    )
-    chosen = projections(layers) if projections else None
-    if not fitted:
-        return SegmentFactors(layers, {}, {}, P, chosen or {}, len(data))
-    plan = batch_plan(data.lengths, batch_tokens=batch_tokens)
-    weights = torch.full((len(data),), weight, device=device)
-    parts = [(checkpoint, shard) for checkpoint in checkpoints for shard in range(NUM_SHARDS)]
-    cached = functools.lru_cache(maxsize=1)(lambda checkpoint: load(checkpoint).to(device))
-
-    def run(work: Callable, description: str, salt: int) -> list:
-        def one(part: tuple[str | int, int]):
-            checkpoint, shard = part
-            number = checkpoints.index(checkpoint) * NUM_SHARDS + shard
-            generator = torch.Generator(device).manual_seed((seed * 8 + salt) * 2**20 + number)
-            batches = (data.batch(rows).to(device) for rows in plan[shard::NUM_SHARDS])
-            return work(cached(checkpoint), batches, generator)
-
-        return list(parallel_map(one, parts, workers=workers, description=description))
-
-    sums = functools.reduce(
-        Covariances.__add__,
-        run(
-            lambda model, batches, generator: covariances(
-                model, layers, batches, task=task, generator=generator, projections=chosen
-            ),
-            "covariances",
-            1,
-        ),
-    )
-    basis = eigenbasis(sums, layers)
-    rotated = (
-        basis
-        if chosen is None
-        else {name: (chosen[name].P_i @ Q_A, chosen[name].P_o @ Q_S) for name, (Q_A, Q_S) in basis.items()}
-    )
-    plain_Lambda = _mean_eigenvalues(
-        run(
-            lambda model, batches, generator: corrected_eigenvalues(
-                model, layers, batches, task=task, basis=rotated, weights=weights, generator=generator
-            ),
-            "eigenvalues",
-            2,
-        )
-    )
-    scaled = {}
-    if adam == "symmetric":
-        root_P = {name: value.to(device).sqrt() for name, value in P.items()}
-
-        def fit_scaled(basis: dict | None):
-            return lambda model, batches, generator: scaled_factors(
-                model, layers, batches, task=task, root_P=root_P, basis=basis, weights=weights, generator=generator
-            )
-
-        scaled_sums = functools.reduce(Covariances.__add__, (part for part, _ in run(fit_scaled(None), "scaled covariances", 3)))
-        scaled_basis = scaled_eigenbasis(scaled_sums, layers)
-        parts_Lambda = [(Lambda, part.num_tokens) for part, Lambda in run(fit_scaled(scaled_basis), "scaled eigenvalues", 4)]
-        scaled = _factors(scaled_basis, _mean_eigenvalues(parts_Lambda))
-    return SegmentFactors(layers, _factors(basis, plain_Lambda), scaled, P, chosen or {}, len(data))
-
-
-def _mean_eigenvalues(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
-    num_documents = sum(count for _, count in parts)
-    filled = [Lambda for Lambda, count in parts if count]
-    return {name: sum(Lambda[name] for Lambda in filled) / num_documents for name in filled[0]}
-
-
-def _factors(basis: dict[str, tuple[Tensor, Tensor]], Lambda: dict[str, Tensor]) -> dict[str, EKFAC]:
-    return {name: EKFAC(Q_A, Q_S, Lambda[name]) for name, (Q_A, Q_S) in basis.items()}
 
 
 def save_factors(path: Path, factors: SegmentFactors) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tda.counterfactual import Retrain, Retraining, retrained
 from tda.data import Data, Documents, Examples, batch_plan
-from tda.factors import SegmentFactors, fit_factors
+from tda.factors import SegmentFactors
+from tda.fit_factors import fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
 from tda.model import Layer, layer_matrix, linear_modules, parameter_name, tracked_layers

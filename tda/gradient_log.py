@@ -127,7 +127,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         def rows_of(batch_rows: list[int]) -> Tensor | np.ndarray:
             rows, losses = engine.rows(documents, batch_rows)
             both = torch.cat([rows.float(), losses.float()[:, None]], dim=1)  # one copy to the host
-            return both if both.is_cuda else both.numpy()  # as an array it can come from another process
+            return both.numpy() if both.device.type == "cpu" else both  # as an array it can come from another process
 
         call = stack.enter_context(worker_pool(rows_of, workers=num_workers(config.compute)))
         table = open_table(

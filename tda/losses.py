@@ -16,7 +16,7 @@ from tda.packing import DocumentBatch
 Labels = Literal["true", "sampled"]
 Measurement = Literal["loss", "margin", "log_probability"]
 
-ROWS_AT_ONCE = {"cpu": 256, "cuda": 4096}  # of logits; on a CPU those of a small vocabulary stay in the cache
+ROWS_AT_ONCE, ROWS_ON_CPU = 4096, 256  # of logits; on a CPU those of a small vocabulary stay in the cache
 
 
 def document_losses(
@@ -108,7 +108,7 @@ def head_losses(
     of_h, of_W = differentiate
     dh, dW = torch.empty_like(h) if of_h else None, at_least_float32(torch.zeros_like(W)) if of_W else None
     losses = at_least_float32(h.new_empty(len(h), 0)).new_empty(len(h))
-    rows = ROWS_AT_ONCE["cuda" if h.is_cuda else "cpu"]
+    rows = ROWS_ON_CPU if h.device.type == "cpu" else ROWS_AT_ONCE
     for start in range(0, len(h), rows):
         block = slice(start, start + rows)
         log_p = at_least_float32(h[block] @ W.T).log_softmax(dim=1)

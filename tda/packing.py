@@ -16,11 +16,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tda.data import Batch, Documents
+from tda.model import plain_head
 from tda.streaming import Copy, start_copy, to_device
 
 WITHIN_DOCUMENTS = "within_documents"  # the name of our attention among those of transformers
@@ -63,6 +65,13 @@ class PackedBatch:
         """What the model is called with."""
         positions = self._part(self.num_tokens, 2 * self.num_tokens)[None]
         return {"input_ids": self.tokens, "position_ids": positions, "slots": self.slots, "grid": self.shape_of_grid}
+
+    @property
+    def counts(self) -> Bool[Tensor, "1 token"]:
+        """Every token but a document's last one, which predicts nothing, and those that only fill up."""
+        positions = self._part(self.num_tokens, 2 * self.num_tokens)
+        goes_on = F.pad(positions[1:] > 0, (0, 1))
+        return (goes_on & (self.slots < len(self.rows) * self.grid[1]))[None]
 
     @cached_property
     def shape_of_grid(self) -> Tensor:
@@ -204,6 +213,7 @@ def within_documents(model: nn.Module) -> Iterator[None]:
     """Inside the block the model runs on packed batches, and on nothing else."""
     from transformers import AttentionInterface
 
+    plain_head(model)  # what it has to run, it runs on a batch that is not packed
     AttentionInterface.register(WITHIN_DOCUMENTS, attend_within_documents)
     config = model.config.get_text_config()
     before = config._attn_implementation

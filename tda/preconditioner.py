@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tda.capture import captured
-from tda.data import Batch, TensorBatch
+from tda.data import TensorBatch
 from tda.ekfac import EKFAC, Covariances, eigenbasis
 from tda.losses import at_least_float32
 from tda.model import Layer
+from tda.packing import DocumentBatch
 from tda.projection import append_one
 from tda.spectral import damped_inverse, segment_decay, segment_response
 from tda.task import Task
@@ -96,41 +97,38 @@ def preconditioner_of(corrected: Float[Tensor, "..."], *, epsilon: float) -> Flo
 def scaled_factors(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterable[Batch | TensorBatch],
+    batches: Iterable[DocumentBatch | TensorBatch],
     *,
     task: Task,
     root_P: dict[str, Tensor],
     basis: dict[str, tuple[Tensor, Tensor]] | None,
-    weights: Float[Tensor, " document"],
     generator: torch.Generator,
 ) -> tuple[Covariances, dict[str, Tensor]]:
     """Sums over documents for the EK-FAC of M, with sampled labels, from gradients scaled by `root_P`.
 
-    Without a `basis`: of `w G G^T` and `w G^T G`, whose eigenvectors are the basis. With one: of `w (Q_S^T G Q_A)^2`.
+    Without a `basis`: of `G G^T` and `G^T G`, whose eigenvectors are the basis. With one: of `(Q_S^T G Q_A)^2`.
     Scaled gradients are not outer products, so each document's is formed in full, at the cost of a weight gradient per document.
     """
     A: dict[str, Tensor] = {}
     S: dict[str, Tensor] = {}
     Lambda: dict[str, Tensor] = {}
     num_documents = 0
-    w: Tensor
+    batch: DocumentBatch | TensorBatch
 
     def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
         return append_one(at_least_float32(a), bias=layer.bias)
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        G = root_P[layer.name] * (at_least_float32(Ds).mT @ a)
+        G = root_P[layer.name] * (batch.by_document(at_least_float32(Ds)).mT @ batch.by_document(a))
         if basis is None:
-            scaled = w[:, None, None].to(G.dtype) * G
-            A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", scaled, G)
-            S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", scaled, G)
+            A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", G, G)
+            S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", G, G)
         else:
             Q_A, Q_S = basis[layer.name]
-            Lambda[layer.name] = Lambda.get(layer.name, 0) + torch.tensordot(w.to(G.dtype), (Q_S.T @ G @ Q_A).square_(), dims=1)
+            Lambda[layer.name] = Lambda.get(layer.name, 0) + (Q_S.T @ G @ Q_A).square_().sum(dim=0)
 
     with captured(model, layers, encode=keep_inputs, consume=add):
         for batch in batches:
-            w = weights[batch.rows]
             num_documents += len(batch.rows)
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()

@@ -69,17 +69,20 @@ def segments(config: Config, workspace: Workspace) -> None:
 
 def curvature(config: Config, workspace: Workspace, index: int) -> None:
     """EK-FAC of one segment; of one that is to be fitted from rows, only how they are projected."""
+    import torch
+
     from tda.artifacts import read_json
     from tda.checkpoints import load_checkpoint, preconditioner
     from tda.data import load_documents
     from tda.dynamics import curvature_rows, load_exposure, load_segments
-    from tda.factors import fit_factors, save_factors
+    from tda.factors import save_factors
+    from tda.fit_factors import fit_factors
     from tda.model import tracked_layers
     from tda.parallel import device_of, num_workers
     from tda.projection import random_projections
     from tda.task import CausalLM
 
-    documents = load_documents(workspace.documents)
+    documents, device = load_documents(workspace.documents), device_of(config.compute)
     segment = load_segments(workspace)[index]
     chosen = curvature_rows(config.curvature, load_exposure(workspace, documents), index)
     training = read_json(workspace.training, stage="train")
@@ -99,7 +102,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
 
     factors = fit_factors(
         segment.checkpoints,
-        lambda checkpoint: load_checkpoint(workspace, checkpoint),
+        lambda checkpoint: load_checkpoint(workspace, checkpoint).to(getattr(torch, config.curvature.precision)),
         documents.select(chosen),
         task=CausalLM(),
         pattern=config.curvature.layers,
@@ -111,7 +114,9 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
         batch_tokens=config.gradients.batch_tokens,
         seed=config.curvature.seed * 1000 + index,
         workers=num_workers(config.compute),
-        device=device_of(config.compute),
+        device=device,
+        packed=device.type != "cpu",
+        room=config.compute.factor_gib * 2**30 or None,
     )
     save_factors(workspace.curvature(index), factors)
 

@@ -7,6 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 PROC = Path("/proc/self")
 RESET_PEAK = "5"  # to clear_refs: proc_pid_clear_refs(5)
@@ -42,8 +46,13 @@ def in_turn(parts: Sequence[Usage]) -> Usage:
     )
 
 
-def free_memory() -> int:
-    """Bytes that processes can still have."""
+def free_memory(device: "torch.device | None" = None) -> int:
+    """Bytes that processes can still have, or this process on a GPU."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -23,7 +23,7 @@ class TrueLabels(CausalLM):
 
     def losses(self, model, batch, *, weights=None, labels="true", generator=None):
         """As `CausalLM`."""
-        return super().losses(model, batch, weights=weights)
+        return super().losses(model, batch)
 
 
 def actions(handed: Handover) -> dict[str, Action]:
@@ -66,13 +66,11 @@ def actions(handed: Handover) -> dict[str, Action]:
         return {f"A.{name}": found.A[group[name]] for name in checked} | {f"S.{name}": found.S[name] for name in checked}
 
     inputs, outputs = handed.bases()
-    basis, weights = {name: (inputs[name], outputs[name]) for name in inputs}, torch.ones(len(documents))
+    basis = {name: (inputs[name], outputs[name]) for name in inputs}
 
     def eigenvalue_pass(labels: str) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        found, _count = corrected_eigenvalues(
-            model, layers, batches, task=task(labels), basis=basis, weights=weights, generator=generator
-        )
+        found, _count = corrected_eigenvalues(model, layers, batches, task=task(labels), basis=basis, generator=generator)
         return {f"Lambda.{name}": found[name] for name in handed.about["checked"]}
 
     return {"rows": rows, "covariances": covariance_pass, "eigenvalues": eigenvalue_pass}

@@ -318,7 +318,7 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
     """The faster form, which squares both sides of an outer product, against the plain one."""
     run, task, train, queries = setting("classification")
     held = Fitted(run, task, train, queries, Settings())
-    model, weights = held.model(-1), torch.linspace(0.5, 1.5, 12, dtype=torch.float64)
+    model = held.model(-1)
     whole, generator = [train.batch(range(12))], torch.Generator().manual_seed(0)
     basis = eigenbasis(covariances(model, held.layers, whole, task=task, generator=generator), held.layers)
     Lambda, count = corrected_eigenvalues(
@@ -327,7 +327,6 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
         whole,
         task=task,
         basis=basis,
-        weights=weights,
         generator=torch.Generator().manual_seed(1),
     )
     assert count == 12
@@ -337,6 +336,6 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
         loss = nn.functional.cross_entropy(model(train.x[[row]]), labels[[row]])
         for name, G in dense_gradient(model, held.layers, loss).items():
             Q_A, Q_S = basis[name]
-            Lambda[name] -= weights[row] * (Q_S.T @ G @ Q_A).square()
+            Lambda[name] -= (Q_S.T @ G @ Q_A).square()
     for values in Lambda.values():
         torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-12, rtol=0)

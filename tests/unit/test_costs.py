@@ -91,7 +91,6 @@ def test_covariances_and_eigenvalues(case):
             batches(documents, batch_tokens=TOKENS),
             task=CausalLM(),
             basis=basis,
-            weights=torch.ones(len(documents)).double(),
             generator=torch.Generator().manual_seed(0),
         )
 

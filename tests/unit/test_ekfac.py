@@ -69,10 +69,9 @@ def test_eigenvalues_are_the_diagonal_of_the_gauss_newton_matrix(build):
             [batch],
             task=CausalLM(),
             basis=basis,
-            weights=torch.full((3,), weight, dtype=torch.float64),
             generator=generator,
         )
-        draws.append({name: Lambda / count for name, Lambda in sums.items()})
+        draws.append({name: weight * Lambda / count for name, Lambda in sums.items()})
     fisher = dense_fisher(model, layers, documents, weight=weight)
     for layer in layers:
         Q_A, Q_S = basis[layer.name]
@@ -216,11 +215,10 @@ def test_scaled_factors_with_unit_scale_are_the_plain_ones():
     model, documents = tiny_llama(), random_documents(4)
     layers = tracked_layers(model, r".*(q_proj|down_proj)")
     batch = documents.batch(range(4))
-    weights = torch.full((4,), 0.2, dtype=torch.float64)
     basis = eigenbasis(covariances(model, layers, [batch], task=CausalLM(), generator=torch.Generator().manual_seed(0)), layers)
     ones = {layer.name: torch.ones(layer.d_out, layer.d_in, dtype=torch.float64) for layer in layers}
     expected, _ = corrected_eigenvalues(
-        model, layers, [batch], task=CausalLM(), basis=basis, weights=weights, generator=torch.Generator().manual_seed(1)
+        model, layers, [batch], task=CausalLM(), basis=basis, generator=torch.Generator().manual_seed(1)
     )
     _, Lambda = scaled_factors(
         model,
@@ -229,7 +227,6 @@ def test_scaled_factors_with_unit_scale_are_the_plain_ones():
         task=CausalLM(),
         root_P=ones,
         basis=basis,
-        weights=weights,
         generator=torch.Generator().manual_seed(1),
     )
     for name, values in Lambda.items():

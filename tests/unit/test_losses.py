@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from tda.losses import ROWS_AT_ONCE, document_costs, document_losses, draw, head_losses, logit_losses
+from tda.losses import ROWS_ON_CPU, document_costs, document_losses, draw, head_losses, logit_losses
 from tda.model import plain_head
 from tests.helpers import document_loss, random_documents, tiny_gpt2, tiny_llama
 
@@ -67,7 +67,7 @@ def head_case(num_rows: int, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["true", "sampled"])
 def test_losses_by_blocks_are_those_of_all_logits_at_once(sampled):
-    h, W, targets, uniform, w = head_case(2 * ROWS_AT_ONCE["cpu"] + 3)
+    h, W, targets, uniform, w = head_case(2 * ROWS_ON_CPU + 3)
     uniform = uniform if sampled else None
     h, W = h.requires_grad_(), W.requires_grad_()
     expected = logit_losses(h @ W.T, targets, uniform)
