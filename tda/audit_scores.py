@@ -121,12 +121,12 @@ def _with_new(
     """The attribution of the training documents to audit, then the new ones; and the dot products with both's rows."""
     num_trained, num_segments = attribution.exposure.shape
     exposure = np.concatenate([attribution.exposure[: len(audited)], np.full((len(new), num_segments), 1 / num_trained)])
-    trained_dot = store_dot(workspace, attribution, audited["id"].to_list())
+    trained_dot = store_dot(config, workspace, attribution, audited["id"].to_list())
     if new.is_empty():
         return replace(attribution, exposure=exposure), trained_dot
     appended = as_documents(new)
     manifests = {number: log_rows(config, workspace, appended, checkpoint=number) for number in attribution.manifests}
-    new_dot = store_dot(workspace, replace(attribution, manifests=manifests), appended.ids)
+    new_dot = store_dot(config, workspace, replace(attribution, manifests=manifests), appended.ids)
 
     def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
         rows = [trained_dot(checkpoint, queries)] if len(audited) else []

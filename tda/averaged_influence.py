@@ -48,7 +48,7 @@ def averaged_response(place: Fitted, query: Gradients) -> Gradients:
     (segment,) = place.segments
     (dynamics,) = place.dynamics
     damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + place.settings.damping_scale / segment.time)
-    curvature = DampedCurvature.of(place.layers, dynamics.curvature, damping)
+    curvature = DampedCurvature.of(place.layers, dynamics.curvature, damping, device=place.device)
     product = place.product(segment, segment.checkpoints)
 
     def solve(curvature: DampedCurvature, q: Tensor) -> Tensor:

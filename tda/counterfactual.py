@@ -104,7 +104,7 @@ def take_step(
     model: nn.Module, data: Data, rows: np.ndarray, *, task: Task, optimizer: torch.optim.Optimizer, origin: str
 ) -> None:
     """One step of training on the mean loss over the terms of `rows`; `origin` says of what, should the loss not be finite."""
-    batch = data.batch(rows.tolist())
+    batch = data.batch(rows.tolist()).to(next(model.parameters()).device)
     one_over_terms = (1 / batch.sizes.sum()).expand(len(batch.sizes)).float()  # of the sum over terms makes the mean
     total, _losses = task.losses(model, batch, weights=one_over_terms)
     check_loss(total, optimizer.param_groups[0]["lr"], origin=origin)
@@ -143,8 +143,9 @@ class TailMean:
 @torch.no_grad()
 def query_costs(model: nn.Module, task: Task, queries: Data) -> Float[np.ndarray, " query"]:
     """The cost of every query, a mean over its terms."""
-    values = np.empty(len(queries))
-    for batch in batches(queries, batch_tokens=QUERY_TOKENS):
-        _total, costs = task.costs(model, batch, weights=torch.ones(len(batch.rows)))
-        values[batch.rows] = (costs.double() / batch.sizes).numpy()
+    values, device = np.empty(len(queries)), next(model.parameters()).device
+    for held in batches(queries, batch_tokens=QUERY_TOKENS):
+        batch = held.to(device)
+        _total, costs = task.costs(model, batch, weights=torch.ones(len(batch.rows), device=device))
+        values[batch.rows] = (costs.double() / batch.sizes).cpu().numpy()
     return values

@@ -160,6 +160,10 @@ class Examples:
         narrow = self.x.dtype in (torch.bfloat16, torch.float16)
         return Examples(self.x.float(), self.y) if narrow else self
 
+    def to(self, device: torch.device) -> "Examples":
+        """The examples on `device`."""
+        return Examples(self.x.to(device), self.y.to(device))
+
     def select(self, rows: Sequence[int] | np.ndarray) -> "Examples":
         """The examples in `rows`, in that order."""
         return Examples(self.x[list(rows)], self.y[list(rows)])

@@ -42,6 +42,10 @@ class EKFAC:
         """The matrix function f of the curvature, applied to gradients G."""
         return self.Q_S @ (f(self.Lambda) * (self.Q_S.T @ G @ self.Q_A)) @ self.Q_A.T
 
+    def to(self, device: torch.device) -> "EKFAC":
+        """The factors on `device`."""
+        return EKFAC(self.Q_A.to(device), self.Q_S.to(device), self.Lambda.to(device))
+
 
 @dataclass(frozen=True)
 class Covariances:

@@ -1,5 +1,7 @@
 """One run of any model, with what attribution methods ask of it, each worked out when it is first asked for.
 
+All happens on the device that the run's model is on.
+
 The in-memory counterpart of the pipeline's artifacts: the same segments, the same factors, the same SOURCE, on gradients that are
 computed when they are needed instead of being read from a store.
 """
@@ -83,7 +85,10 @@ class Fitted:
     def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings, *, retrain: Retrain | None = None):
         self._retrain = retrain
         self.run, self.task, self.settings = run.at_least_float32(), task, settings
-        self.train, self.queries = (data.at_least_float32() if isinstance(data, Examples) else data for data in (train, queries))
+        self.device = next(self.run.model.parameters()).device
+        self.train, self.queries = (
+            data.at_least_float32().to(self.device) if isinstance(data, Examples) else data for data in (train, queries)
+        )
         largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
         if largest >= len(train):
             raise ValueError(
@@ -104,7 +109,7 @@ class Fitted:
         return tracked_layers(self.model(-1), self.settings.layers, probe=self._probe)
 
     def _probe(self, model: nn.Module) -> object:
-        return self.task.losses(model, self.train.batch([0]))
+        return self.task.losses(model, self.train.batch([0]).to(self.device))
 
     def model(self, checkpoint: int) -> nn.Module:
         """The model at a checkpoint; -1 is the last one."""
@@ -143,12 +148,12 @@ class Fitted:
         """Full gradients of the queries' mean cost per term at a checkpoint, in the queries' order."""
         plan = batch_plan(self.queries.lengths, batch_tokens=self.batch_size)
         held, order = query_gradients(
-            self.model(checkpoint), self.layers, (self.queries.batch(rows) for rows in plan), task=self.task
+            self.model(checkpoint), self.layers, (self.queries.batch(rows).to(self.device) for rows in plan), task=self.task
         )
-        place = torch.from_numpy(np.argsort(order))
+        place = torch.from_numpy(np.argsort(order)).to(self.device)
         finite = torch.stack([G.flatten(1).isfinite().all(dim=1) for G in held.values()]).all(dim=0)[place]
         if not finite.all():
-            bad = [self.queries.ids[query] for query in np.flatnonzero(~finite.numpy())[:5]]
+            bad = [self.queries.ids[query] for query in np.flatnonzero(~finite.cpu().numpy())[:5]]
             raise ValueError(
                 f"attribute: the gradients of {int((~finite).sum())} of {len(finite)} queries are not finite, such as "
                 f"{', '.join(bad)}; expected finite inputs and costs; leave them out, or look for a diverged run"
@@ -158,14 +163,14 @@ class Fitted:
     def batches(self) -> Iterator:
         """The training data in batches of similar length."""
         for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
-            yield self.train.batch(rows)
+            yield self.train.batch(rows).to(self.device)
 
     def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
         model = self.model(checkpoint)
         dots = np.zeros((len(self.train), len(next(iter(queries.values())))))
         for batch in self.batches():
-            dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().numpy()
+            dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().cpu().numpy()
         return dots
 
     def norms(self, checkpoint: int) -> np.ndarray:
@@ -173,7 +178,7 @@ class Fitted:
         model = self.model(checkpoint)
         squares = np.zeros(len(self.train))
         for batch in self.batches():
-            squares[batch.rows] = gradient_squares(model, self.layers, batch, task=self.task).double().numpy()
+            squares[batch.rows] = gradient_squares(model, self.layers, batch, task=self.task).double().cpu().numpy()
         return np.sqrt(squares)
 
     @cached_property
@@ -198,7 +203,8 @@ class Fitted:
             batch_tokens=self.batch_size,
             seed=self.settings.seed * 1000 + segment.index,
             workers=self.settings.workers,
-            device=torch.device("cpu"),
+            device=self.device,
+            packed=self.device.type != "cpu",
         )
 
     def _seen(self, segment: Segment, num: int, *salt: int) -> np.ndarray:
@@ -209,7 +215,7 @@ class Fitted:
         """The Gauss-Newton product in the segment, averaged over `checkpoints`, on a fixed set of its rows."""
         rows = self._seen(segment, self.settings.solver_examples)
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
-        batches = [self.train.batch(rows[chosen].tolist()) for chosen in plan]
+        batches = [self.train.batch(rows[chosen].tolist()).to(self.device) for chosen in plan]
         products = [self._product(segment, self.model(checkpoint), batches) for checkpoint in checkpoints]
 
         def mean(v: Tensor) -> Tensor:
@@ -245,7 +251,7 @@ class Fitted:
         num = max(1, round(self.batch_size / self.train.lengths.mean()))
 
         def drawn(number: int) -> Product:
-            return self._product(segment, model, [self.train.batch(self._seen(segment, num, number).tolist())])
+            return self._product(segment, model, [self.train.batch(self._seen(segment, num, number).tolist()).to(self.device)])
 
         return drawn
 
@@ -269,7 +275,7 @@ class Fitted:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
             return layer_matrix(modules[layer.name], weight, bias)
 
-        return {layer.name: matrix(layer) / correction for layer in self.layers}
+        return {layer.name: matrix(layer).cpu() / correction for layer in self.layers}
 
     @cached_property
     def dynamics(self) -> list[SegmentDynamics]:

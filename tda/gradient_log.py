@@ -79,9 +79,7 @@ def row_engine(
         ValueError: layers are to be compiled of a model that does not keep packed documents apart.
     """
     batch_tokens = config.gradients.batch_tokens
-    held = {
-        name: Projection(one.P_i.to(device, model.dtype), one.P_o.to(device, model.dtype)) for name, one in projections.items()
-    }
+    held = {name: one.to(device, model.dtype) for name, one in projections.items()}
     wanted = config.compute.compile
     if wanted == "always" and not packs(model):
         raise ValueError(

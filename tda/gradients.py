@@ -83,8 +83,8 @@ def gradient_dots(
     """Dot products of `queries` with the full gradient of every example's summed loss, held for one layer at a time."""
 
     def dots(name: str, a: Tensor, Ds: Tensor) -> Tensor:
-        if a.shape[1] == 1:  # Ds^T q a: no gradient is formed
-            return torch.stack([((a[:, 0] @ q.T) * Ds[:, 0]).sum(dim=1) for q in queries[name]], dim=1)
+        if a.shape[1] == 1 or len(queries[name]) == 1:  # the sum of Ds^T q a: no gradient is formed
+            return torch.stack([((a @ q.T) * Ds).sum(dim=(1, 2)) for q in queries[name]], dim=1)
         return torch.bmm(Ds.mT, a).flatten(1) @ queries[name].flatten(1).T
 
     return _over_layers(model, layers, batch, task=task, of=dots)
@@ -124,4 +124,5 @@ def project_queries(
     gradients: dict[str, Float[Tensor, "query d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
 ) -> Float[Tensor, "query values"]:
     """Full gradients as rows, in the layout of `gradient_rows`."""
-    return torch.cat([projections[layer.name].apply(gradients[layer.name]).flatten(1) for layer in layers], dim=1)
+    projected = (projections[layer.name].to(gradients[layer.name].device).apply(gradients[layer.name]) for layer in layers)
+    return torch.cat([rows.flatten(1) for rows in projected], dim=1)

@@ -96,7 +96,7 @@ def descend(
 
 def largest_eigenvalue(product: Map, like: Rows, *, iterations: int, generator: torch.Generator) -> float:
     """The largest eigenvalue of a symmetric positive matrix, from below, by power iteration from a random row."""
-    v = torch.randn(1, like.shape[1], generator=generator, dtype=like.dtype)
+    v = torch.randn(1, like.shape[1], generator=generator, dtype=like.dtype).to(like.device)
     for _ in range(iterations):
         v = product(v / v.norm())
     return v.norm().item()

@@ -89,7 +89,7 @@ def source_cg(run: Fitted) -> np.ndarray:
     def solved(ekfac: SegmentDynamics) -> SolvedDynamics:
         segment = run.segments[ekfac.index]
         damping = dict.fromkeys(ekfac.curvature, ekfac.weight_decay + 1 / ekfac.time)
-        curvature = DampedCurvature.of(run.layers, ekfac.curvature, damping)
+        curvature = DampedCurvature.of(run.layers, ekfac.curvature, damping, device=run.device)
         product = run.product(segment, segment.checkpoints)
         return SolvedDynamics(
             ekfac, lambda query: respond(query, curvature, _by_cg(run, product), queries_at_once=run.queries_at_once)
@@ -168,7 +168,8 @@ def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
     factors = run.segment_factors(last, [_final(run)]).plain
     implied = np.average([1 / segment.time for segment in run.segments], weights=[segment.num_steps for segment in run.segments])
     damping = dict.fromkeys(factors, run.settings.solver_damping or float(implied))
-    curvature = DampedCurvature.of(run.layers, {name: plain(held) for name, held in factors.items()}, damping)
+    seen = {name: plain(held) for name, held in factors.items()}
+    curvature = DampedCurvature.of(run.layers, seen, damping, device=run.device)
     response = respond(run.query_gradients, curvature, solver, queries_at_once=run.queries_at_once)
     return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)
 
@@ -176,11 +177,11 @@ def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
 def trak(run: Fitted) -> np.ndarray:
     """TRAK at the last checkpoint (Park et al. 2023, arXiv 2303.14186), on the tracked layers' gradients."""
     model, query = run.model(-1), pack(run.query_gradients, run.layers)
-    sketch = Sketch.draw(query.shape[1], size=run.settings.projection_size, seed=run.settings.seed, dtype=query.dtype)
+    sketch = Sketch.draw(query.shape[1], size=run.settings.projection_size, seed=run.settings.seed, like=query)
     Phi, Q = query.new_zeros(len(run.train), sketch.size), query.new_zeros(len(run.train))
     for batch in run.batches():
         Phi[batch.rows], Q[batch.rows] = features(model, run.layers, batch, task=run.task, sketch=sketch)
-    return trak_scores(sketch.apply(query), Phi, Q).numpy()
+    return trak_scores(sketch.apply(query), Phi, Q).cpu().numpy()
 
 
 def averaged_influence(run: Fitted) -> np.ndarray:

@@ -42,6 +42,10 @@ class LayerCurvature:
         """The query seen from the segment's beginning."""
         return self.M.apply(segment_decay(time, weight_decay=weight_decay), self.root_P * q) / self.root_P
 
+    def to(self, device: torch.device) -> "LayerCurvature":
+        """The curvature on `device`."""
+        return LayerCurvature(self.M.to(device), self.root_P.to(device))
+
 
 NEARLY_UNDAMPED = 1e-8  # of the mean eigenvalue: the paper's form inverts H as it is
 
@@ -65,6 +69,10 @@ class DiagonalCurvature:
     def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
         """The query seen from the segment's beginning."""
         return torch.exp(-time * self._rate(weight_decay)) * q
+
+    def to(self, device: torch.device) -> "DiagonalCurvature":
+        """The curvature on `device`."""
+        return DiagonalCurvature(self.H.to(device), self.P.to(device))
 
     def _rate(self, weight_decay: float) -> Float[Tensor, "d_out d_in"]:
         return self.P * (self.H.Q_S.square() @ self.H.Lambda @ self.H.Q_A.square().T) + weight_decay

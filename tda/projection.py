@@ -21,6 +21,10 @@ class Projection:
         """The projection of gradients."""
         return self.P_o.T @ G @ self.P_i
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Projection":
+        """The projection on `device`, in `dtype` if one is given."""
+        return Projection(self.P_i.to(device, dtype), self.P_o.to(device, dtype))
+
     @property
     def size(self) -> int:
         """Values per row."""

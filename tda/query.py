@@ -38,7 +38,7 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
         found = source_extremes(config, workspace, attribution, query, top=top)
         helped, hurt = (found.highest, found.highest_values), (found.lowest, found.lowest_values)
     else:
-        values = source_scores(config, workspace, attribution, query, store_dot(workspace, attribution, documents.ids))
+        values = source_scores(config, workspace, attribution, query, store_dot(config, workspace, attribution, documents.ids))
         order = np.argsort(-values, kind="stable")
         helped, hurt = ((rows, values[rows]) for rows in (order[:top], order[::-1][:top]))
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"]

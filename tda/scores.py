@@ -60,12 +60,12 @@ def received_per_checkpoint(segment: Segment, exposure: np.ndarray) -> np.ndarra
 
 def rotated_query(query: Gradients, layers: Sequence[Layer], projections: dict[str, Projection]) -> Gradients:
     """Full gradients in projected space, where factors were fitted there."""
-    return {layer.name: projections[layer.name].apply(query[layer.name]) for layer in layers}
+    return {layer.name: projections[layer.name].to(query[layer.name].device).apply(query[layer.name]) for layer in layers}
 
 
 def cosines(dots: np.ndarray, row_norms: np.ndarray, query: Float[Tensor, "query values"]) -> np.ndarray:
     """(document, query) dot products divided by both norms; 0 where a norm is 0."""
-    norms = row_norms[:, None] * torch.linalg.vector_norm(query, dim=1).double().numpy()
+    norms = row_norms[:, None] * torch.linalg.vector_norm(query, dim=1).double().cpu().numpy()
     return np.divide(dots, norms, out=np.zeros_like(norms), where=norms > 0)
 
 

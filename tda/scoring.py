@@ -167,12 +167,13 @@ def _fitted_from_rows(
     return fitted
 
 
-def store_dot(workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:
-    """Dot products with the stored rows of `doc_ids`."""
+def store_dot(config: Config, workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:
+    """Dot products with the stored rows of `doc_ids`, on the device that `compute` names."""
+    device = device_of(config.compute)
 
     def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
         table = open_sealed(workspace.store, attribution.manifests[checkpoint])
-        return dot_scores(table, doc_ids, queries.float().cpu().numpy()).astype(np.float64)
+        return dot_scores(table, doc_ids, queries.float().cpu().numpy(), device=device).astype(np.float64)
 
     return dot
 
@@ -189,7 +190,7 @@ def query_blocks(
         part = queries.select(range(start, min(start + size, len(queries))))
         held = (batch.to(device) for batch in batches(part, batch_tokens=config.gradients.batch_tokens))
         gradients, order = query_gradients(model, layers, held, task=CausalLM(config.scores.measurement))
-        yield {name: G.cpu() for name, G in gradients.items()}, [start + row for row in order]
+        yield gradients, [start + row for row in order]
 
 
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
@@ -233,7 +234,7 @@ def _mean_gradient(config: Config, workspace: Workspace, attribution: Attributio
     sums: Gradients = {}
     for block, rows in query_blocks(config, workspace, attribution, queries):
         for name, gradient in block.items():
-            share = torch.tensordot(weights[rows].to(gradient.dtype), gradient, dims=1)[None]
+            share = torch.tensordot(weights[rows].to(gradient), gradient, dims=1)[None]
             sums[name] = sums[name] + share if name in sums else share
     return sums
 
@@ -252,7 +253,7 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     documents = load_documents(workspace.documents)
     queries = load_documents(workspace.targets, half="score")
     attribution = load_attribution(config, workspace, documents)
-    dot = store_dot(workspace, attribution, documents.ids)
+    dot = store_dot(config, workspace, attribution, documents.ids)
     final, last = attribution.final_checkpoint, attribution.segments[-1]
     layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
     norms = _row_norms(workspace, attribution, documents.ids, final)

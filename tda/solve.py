@@ -31,9 +31,11 @@ class DampedCurvature:
     damping: dict[str, float]
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], curvature: dict[str, LayerCurvature], damping: dict[str, float]) -> "DampedCurvature":
-        """The curvature that an optimizer sees."""
-        held = {layer.name: curvature[layer.name] for layer in layers}
+    def of(
+        cls, layers: Sequence[Layer], curvature: dict[str, LayerCurvature], damping: dict[str, float], *, device: torch.device
+    ) -> "DampedCurvature":
+        """The curvature that an optimizer sees, on `device`."""
+        held = {layer.name: curvature[layer.name].to(device) for layer in layers}
         root_P = pack({name: one.root_P.expand_as(one.M.Lambda) for name, one in held.items()}, layers)
         return cls(layers, {name: one.M for name, one in held.items()}, root_P, damping)
 

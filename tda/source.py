@@ -39,7 +39,7 @@ class Dynamics(Protocol):
 
 @dataclass(frozen=True)
 class SegmentDynamics:
-    """`Dynamics`, layer by layer."""
+    """`Dynamics`, layer by layer; curvature comes to where the query is one layer at a time, since a GPU may not hold all."""
 
     index: int
     curvature: dict[str, Curvature]
@@ -49,14 +49,14 @@ class SegmentDynamics:
     def respond(self, query: Gradients) -> Gradients:
         """How the query feels a gradient that acts all through the segment."""
         return {
-            name: layer.respond(query[name], time=self.time, weight_decay=self.weight_decay)
+            name: layer.to(query[name].device).respond(query[name], time=self.time, weight_decay=self.weight_decay)
             for name, layer in self.curvature.items()
         }
 
     def decay(self, query: Gradients) -> Gradients:
         """The query seen from the segment's beginning."""
         return {
-            name: layer.decay(query[name], time=self.time, weight_decay=self.weight_decay)
+            name: layer.to(query[name].device).decay(query[name], time=self.time, weight_decay=self.weight_decay)
             for name, layer in self.curvature.items()
         }
 

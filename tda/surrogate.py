@@ -97,7 +97,7 @@ def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
 def _roots(run: Fitted, index: int) -> dict[str, Roots] | None:
     if run.run.optimizer.kind != "adamw" or run.settings.adam == "none":
         return None
-    return {name: rank_one_roots(v) for name, v in run.second_moments(index).items()}
+    return {name: rank_one_roots(v.to(run.device)) for name, v in run.second_moments(index).items()}
 
 
 def retrained_effects(
@@ -130,7 +130,7 @@ def retrained_effects(
             K_q, s = K_queries[:, some], slopes[:, :, some]
             k = K_q[outside] * s - K_zS @ curvature.solve(K_q[inside] * s)  # (output, z, query)
             effects = torch.einsum("zo,ozq->qz", r, k) / n_ridge / (1 + leverage)
-            scores[some[:, None], outside] -= effects.double() / splits
+            scores[some[:, None], outside] -= effects.double().cpu() / splits
     return scores.numpy()
 
 

@@ -5,6 +5,8 @@ asked for, and each finds directions for the others. Documents' gradients are ta
 to the targets lies where a projection that was fitted to the curvature keeps little of it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -14,6 +16,7 @@ from tda.config import Config
 from tda.data import Documents
 from tda.fitted import Fitted, Settings
 from tda.gradients import QUERY_VALUES
+from tda.parallel import device_of
 from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
@@ -39,6 +42,7 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
         seed=config.curvature.seed,
     )
     run = load_run(workspace, needs_moments=config.curvature.adam != "none")
+    run = replace(run, model=run.model.to(device_of(config.compute)))  # where everything is worked out
     place = at_counterfactual_end(Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings))
     groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())
     response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
@@ -66,4 +70,4 @@ def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray | None = Non
     places = torch.arange(len(weights)) if rows is None else torch.from_numpy(rows)
     shares = torch.zeros(num_groups, len(places))
     shares[places % num_groups, torch.arange(len(places))] = torch.from_numpy(weights)[places].float()
-    return {name: torch.einsum("gq,qoi->goi", shares.to(G.dtype), G) for name, G in query.items()}
+    return {name: torch.einsum("gq,qoi->goi", shares.to(G), G) for name, G in query.items()}

@@ -217,14 +217,15 @@ class Recorder:
 def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's `exp_avg_sq` by parameter name; empty for an optimizer that has none."""
     return {
-        name: optimizer.state[parameter]["exp_avg_sq"].detach().clone()
+        name: optimizer.state[parameter]["exp_avg_sq"].detach().to("cpu", copy=True)
         for name, parameter in model.named_parameters()
         if "exp_avg_sq" in optimizer.state.get(parameter, {})
     }
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
+    """On the CPU: a run would fill a GPU with its checkpoints."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:

@@ -38,11 +38,12 @@ class Sketch:
     size: int
 
     @classmethod
-    def draw(cls, num_values: int, *, size: int, seed: int, dtype: torch.dtype) -> "Sketch":
-        """A random one."""
+    def draw(cls, num_values: int, *, size: int, seed: int, like: Tensor) -> "Sketch":
+        """A random one of gradients of the dtype and on the device of `like`."""
         generator = torch.Generator().manual_seed(seed)
         place = torch.randint(size, (num_values,), generator=generator)
-        return cls(place, torch.randint(2, (num_values,), generator=generator).to(dtype) * 2 - 1, size)
+        sign = torch.randint(2, (num_values,), generator=generator) * 2 - 1
+        return cls(place.to(like.device), sign.to(like), size)
 
     def apply(self, rows: Float[Tensor, "row value"]) -> Float[Tensor, "row size"]:
         """The projection of gradients."""

@@ -1,0 +1,92 @@
+"""Run by `test_other_device.py` in a process of its own: the toy pipeline, or methods, on a device that is not there."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.stand_in_device import DEVICE, install, seen
+
+
+def pipeline(folder: Path) -> dict:
+    """Every stage, a query and new documents; what was counted by stage."""
+    import tda.parallel
+
+    tda.parallel.device_of = lambda _compute: DEVICE
+    tda.parallel.num_workers = lambda _compute: 1
+    from tda import stages
+    from tda.artifacts import Workspace
+    from tda.query import answer
+    from tests.toy import toy_config
+
+    config, workspace = toy_config(folder), Workspace(folder)
+    counted = {}
+    for name in ("prepare", "train", "segments", "curvature", "gradients", "scores", "curation", "retraining", "evaluation"):
+        seen.clear()
+        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
+        for arguments in [(part,) for part in parts] if parts else [()]:
+            getattr(stages, name)(config, workspace, *arguments)
+        counted[name] = {f"{kind}, {where}": count for (kind, where), count in seen.items()}
+    answered = answer("The gull meets the tide.", config=config, workspace=workspace, top=3)
+    return {"counted": counted, "helped": [row["doc_id"] for row in answered["helped"]]}
+
+
+def methods() -> dict:
+    """By method, the largest difference to the CPU's scores in shares of the largest score."""
+    from tda.attribute import attribute
+    from tda.methods import METHODS
+
+    settings = {"datamodel": {"retrainings": 4}}
+    found = {}
+    for task_name, optimizer in (("classification", "sgd"), ("regression", "adamw")):
+        for data_device in ("cpu", DEVICE):
+            host, there = recorded(task_name, optimizer, "cpu", "cpu"), recorded(task_name, optimizer, DEVICE, data_device)
+            for name in [*METHODS, "surrogate+averaged_influence"]:
+                if name == "bm25":
+                    continue
+                expected, values = (attribute(name, *case, **settings.get(name, {})).values for case in (host, there))
+                key = f"{name}, {task_name}, data on {data_device}"
+                found[key] = float(np.abs(values - expected).max() / np.abs(expected).max())
+    return found
+
+
+def recorded(task_name: str, optimizer: str, device: torch.device | str, data_device: torch.device | str) -> tuple:
+    """A run of a small network that was trained on `device`, its task, rows and queries."""
+    from tda.data import Examples
+    from tda.task import Classification, Regression
+    from tda.trajectory import Recorder
+
+    generator = torch.Generator().manual_seed(0)
+    x, queries = torch.randn(48, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    task = Classification() if task_name == "classification" else Regression()
+    rule = torch.randn(6, 3, generator=generator)
+    train, asked = (
+        Examples(inputs, (inputs @ rule).argmax(dim=1) if task_name == "classification" else (inputs @ rule)[:, :1])
+        for inputs in (x, queries)
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3 if task_name == "classification" else 1)).to(device)
+    made = {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
+    }[optimizer]()
+    recorder = Recorder(model, made, num_steps=24, num_checkpoints=3)
+    for _epoch in range(4):
+        for rows in torch.randperm(48, generator=generator).split(8):
+            total, _losses = task.losses(model, train.batch(rows.tolist()).to(device))
+            made.zero_grad()
+            (total / len(rows)).backward()
+            made.step()
+            recorder.step(rows)
+    moved = (replace(data, x=data.x.to(data_device), y=data.y.to(data_device)) for data in (train, asked))
+    return recorder.run, task, *moved
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    install()
+    print(json.dumps(methods() if sys.argv[1] == "methods" else pipeline(Path(sys.argv[2]))))
