@@ -37,7 +37,7 @@ from tda.losses import document_losses
 from tda.model import build_model, load_model, num_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
-from tda.target_influence import NUM_GROUPS, SOLVER_BATCH_TOKENS
+from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
 from tda.task import CausalLM
 from tda.train import Step, make_optimizer, mean_loss, save_checkpoint, train
 from tda.usage import free_memory, measured
@@ -290,7 +290,7 @@ def _passes(
     batches = [documents.batch(rows) for rows in plan]
     basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
     query = {name: G[:1] for name, G in query_gradients(model, layers, batches[-1:], task=task)[0].items()}
-    vectors = min(NUM_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
+    vectors = min(MOST_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
     product = gauss_newton_product(model, layers, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
     v = torch.randn(vectors, shapes.gradient)
     few = documents.select(np.concatenate(plan))

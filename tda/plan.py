@@ -19,9 +19,10 @@ from tda.ggn import queries_at_once
 from tda.gradients import QUERY_VALUES
 from tda.parallel import device_of, num_workers
 from tda.retrain import ARMS
+from tda.scoring import ASKED_VALUES
 from tda.segments import segment_ends
 from tda.store import BLOCK_BYTES, CHUNK_BYTES
-from tda.target_influence import NUM_GROUPS, ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS
+from tda.target_influence import ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS, groups_for
 from tda.text_table import text_table
 from tda.train import Step, checkpoint_steps, schedule, stage_lengths
 
@@ -349,12 +350,12 @@ def _scores(
         return load_of(batch_plan(held.lengths, batch_tokens=tokens), held.lengths, held.num_loss_tokens)
 
     at_once = min(num_queries, max(1, QUERY_VALUES // model.gradient))
-    blocks = math.ceil(num_queries / at_once)
-    scans = num_checkpoints + 2
+    walks = math.ceil(num_queries * values / ASKED_VALUES)
+    products = num_checkpoints + 2  # of rows: at the final checkpoint three
     small = 0 if not projected else values * num_queries * 4 * 2 * rank  # in projected space
     algebra = small or len(run.seen) * 2 * costs.applications(model, queries=num_queries)
     algebra += 0 if projected else costs.applications(model, queries=num_queries)
-    algebra += (scans + 1) * costs.projections(model, queries=num_queries, rank=rank)
+    algebra += (len(run.seen) + 2) * costs.projections(model, queries=num_queries, rank=rank)
 
     solver_tokens = min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS)
     examples = min(num, config.curvature.num_documents or num)
@@ -362,22 +363,22 @@ def _scores(
     fitted = load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
     solver_rows = min(num, math.ceil(SOLVER_TOKENS / documents.num_loss_tokens.mean()))
     solved = load(documents.select(random.choice(num, solver_rows, replace=False)), solver_tokens)
-    groups = min(NUM_GROUPS, num_queries)
+    groups = groups_for(num_queries, gradient=model.gradient)
     vectors = min(
         groups,
         queries_at_once(list(model.tracked), positions=max(solver_tokens, int(documents.lengths.max())), values=VALUES_AT_ONCE),
     )
-    products = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(model, solved, vectors=vectors)
+    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(model, solved, vectors=vectors)
     krylov = sum(2 * model.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
     krylov += ROUNDS * costs.applications(model, queries=groups)
     work = {
         "queries": 2 * rate("queries", costs.query_pass(model, load(queries))),
         "responses": rate("algebra", algebra),
-        "rows": blocks * scans * stored / machine.scanned + rate("algebra", 2 * scans * num * values * num_queries),
+        "rows": walks * num_checkpoints * stored / machine.scanned + rate("algebra", 2 * products * num * values * num_queries),
         "curvature": rate("covariances", costs.covariance_pass(model, fitted))
         + rate("eigenvalues", costs.eigenvalue_pass(model, fitted))
         + rate("eigh", costs.eigenbases(model)),
-        "solve": rate("product", products) + rate("algebra", krylov),
+        "solve": rate("product", solving) + rate("algebra", krylov),
         "all documents": rate("dots", costs.dot_pass(model, load(documents, solver_tokens), queries=1)),
         "read": (2 * num_checkpoints + 2) * read,
         "words": machine.words * num,
@@ -394,7 +395,8 @@ def _scores(
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
     tangents = vectors * solver_tokens * widest * FLOAT
     tables = 4 * num * num_queries * (8 + FLOAT / 4)
-    return work, (QUERY_COPIES + 1) * at_once * full + searched + tangents + tables
+    asked = (len(run.seen) + 2) * min(num_queries * values, ASKED_VALUES) * FLOAT
+    return work, (QUERY_COPIES + 1) * at_once * full + asked + searched + tangents + tables
 
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:

@@ -1,12 +1,13 @@
 """Scores of all documents on the target set: SOURCE and the baselines, from the store."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 import torch
 import xxhash
+from jaxtyping import Float
 from torch import Tensor
 
 from tda.artifacts import Workspace, read_json, read_table
@@ -24,7 +25,7 @@ from tda.parallel import device_of
 from tda.projection import Projection
 from tda.row_curvature import row_curvature
 from tda.row_products import dot_scores, dot_scores_at
-from tda.scores import Scores, cosines, received_per_checkpoint, rotated_query, source_values
+from tda.scores import Scores, cosines, received_per_checkpoint, rotated_query
 from tda.segments import Segment
 from tda.sketch import open_sketch
 from tda.source import Gradients, SegmentDynamics, walk_back
@@ -32,6 +33,8 @@ from tda.store import open_sealed
 from tda.stored_rows import canonical, stored_bytes
 from tda.target_influence import target_influence
 from tda.task import CausalLM
+
+ASKED_VALUES = 1 << 28  # values of rows of a kind that queries ask for at once
 
 RowDot = Callable[[int, Tensor], np.ndarray]
 """`dot(checkpoint, queries)`: (document, query) dot products with the stored rows of a checkpoint."""
@@ -64,30 +67,20 @@ class Attribution:
         """The checkpoint at which queries are taken."""
         return self.segments[-1].checkpoints[-1]
 
-    def source(self, query: Gradients, dot: RowDot) -> tuple[np.ndarray, list[float]]:
-        """SOURCE values (query, document), and the share of each segment's response that the projection keeps."""
-        layers = self.factors[0].layers
-        kept = [0.0] * len(self.segments)
-        inside = 1.0
+    def responses(self, query: Gradients) -> Iterator[tuple[Segment, Tensor, np.ndarray]]:
+        """What SOURCE multiplies the rows at each segment's checkpoints by, (query, values), the last segment first.
+
+        With the share of each query's response that the projection keeps.
+        """
+        inside: Tensor | float = 1.0
         if self.projected:
-            rotated = rotated_query(query, layers, self.projections[0])
-            inside = _squared_norm(rotated) / _squared_norm(query)  # no more than this is known of any segment's response
+            rotated = rotated_query(query, self.factors[0].layers, self.projections[0])
+            inside = _squared_norms(rotated) / _squared_norms(query)  # no more than this is known of any segment's response
             query = rotated
-
-        def dot_rows(segment: Segment, checkpoint: int, response: Gradients) -> np.ndarray:
-            u = self.as_rows(response, segment.index)
-            kept[segment.index] = inside * u.square().sum().item() / _squared_norm(response)
-            return dot(checkpoint, u)
-
-        values = source_values(query, self.dynamics, self.segments, exposure=self.exposure, dot=dot_rows)
-        return values, kept
-
-    def responses(self, query: Gradients) -> Iterator[tuple[Segment, Tensor]]:
-        """What the rows at each segment's checkpoints are multiplied by, (query, values); the last segment first."""
-        if self.projected:
-            query = rotated_query(query, self.factors[0].layers, self.projections[0])
         for dynamics, response in walk_back(query, self.dynamics):
-            yield self.segments[dynamics.index], self.as_rows(response, dynamics.index)
+            u = self.as_rows(response, dynamics.index)
+            kept = inside * u.square().sum(dim=1) / _squared_norms(response)
+            yield self.segments[dynamics.index], u, kept.double().cpu().numpy()
 
     def as_rows(self, response: Gradients, segment: int) -> Tensor:
         """What stored rows of a segment are multiplied by: a response in projected space as it is, else its projection."""
@@ -97,8 +90,8 @@ class Attribution:
         return project_queries(response, layers, self.projections[segment])
 
 
-def _squared_norm(query: Gradients) -> float:
-    return sum(part.square().sum().item() for part in query.values())
+def _squared_norms(query: Gradients) -> Float[Tensor, " query"]:
+    return sum(part.square().sum(dim=(1, 2)) for part in query.values())
 
 
 def load_attribution(config: Config, workspace: Workspace, documents: Documents) -> Attribution:
@@ -193,12 +186,61 @@ def query_blocks(
         yield gradients, [start + row for row in order]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What stored rows are multiplied by for some queries, each (query, values), in the queries' order."""
+
+    queries: list[int]  # their row numbers
+    responses: list[Tensor]  # of SOURCE, by segment
+    conditioned: Tensor  # for EK-FAC influence, at the final checkpoint
+    plain: Tensor  # for dot products of gradients, there
+    kept: np.ndarray  # (segment, query) share of a response that the projection keeps
+
+    @classmethod
+    def joined(cls, parts: Sequence["Asked"]) -> "Asked":
+        """What is asked for the queries of all parts."""
+        return cls(
+            [row for part in parts for row in part.queries],
+            [torch.cat(responses) for responses in zip(*(part.responses for part in parts), strict=True)],
+            torch.cat([part.conditioned for part in parts]),
+            torch.cat([part.plain for part in parts]),
+            np.concatenate([part.kept for part in parts], axis=1),
+        )
+
+
+def asked_of_rows(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Iterator[Asked]:
+    """What is asked of the rows, for as many queries at once as `ASKED_VALUES` allows: full gradients take far more memory."""
+    last = attribution.segments[-1].index
+    layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
+    waiting: list[Asked] = []
+    for query, rows in query_blocks(config, workspace, attribution, queries):
+        answers = sorted((segment.index, u.cpu(), kept) for segment, u, kept in attribution.responses(query))
+        at_end = rotated_query(query, layers, projections) if attribution.projected else query
+        conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
+        waiting.append(
+            Asked(
+                rows,
+                [u for _index, u, _kept in answers],
+                attribution.as_rows(conditioned, last).cpu(),
+                attribution.as_rows(at_end, last).cpu(),
+                np.array([kept for _index, _u, kept in answers]),
+            )
+        )
+        if sum(asked.plain.numel() for asked in waiting) >= ASKED_VALUES:
+            yield Asked.joined(waiting)
+            waiting = []
+    if waiting:
+        yield Asked.joined(waiting)
+
+
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
     """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
-    weights = queries.num_loss_tokens / queries.num_loss_tokens.sum()
-    return sum(
-        weights[rows] @ attribution.source(query, dot)[0] for query, rows in query_blocks(config, workspace, attribution, queries)
-    )
+    values = np.zeros(len(attribution.exposure))
+    for segment, u, _kept in attribution.responses(_mean_gradient(config, workspace, attribution, queries)):
+        received = received_per_checkpoint(segment, attribution.exposure)
+        for checkpoint in segment.checkpoints:
+            values += received * dot(checkpoint, u)[:, 0]
+    return values
 
 
 def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
@@ -210,7 +252,7 @@ def source_extremes(config: Config, workspace: Workspace, attribution: Attributi
     query = _mean_gradient(config, workspace, attribution, queries)
     parts = []
     approximate, squares = np.zeros(len(documents)), np.zeros(len(documents))
-    for segment, responses in attribution.responses(query):
+    for segment, responses, _kept in attribution.responses(query):
         received = received_per_checkpoint(segment, attribution.exposure)
         u = responses.float().cpu().numpy()
         for checkpoint in segment.checkpoints:
@@ -254,24 +296,15 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     queries = load_documents(workspace.targets, half="score")
     attribution = load_attribution(config, workspace, documents)
     dot = store_dot(config, workspace, attribution, documents.ids)
-    final, last = attribution.final_checkpoint, attribution.segments[-1]
-    layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
-    norms = _row_norms(workspace, attribution, documents.ids, final)
+    norms = _row_norms(workspace, attribution, documents.ids, attribution.final_checkpoint)
 
     shape = (len(queries), len(documents))
     values = {name: np.zeros(shape) for name in ("source", "ekfac_influence", "gradient_dot", "gradient_cosine")}
     kept = np.zeros(len(attribution.segments))
-    unit = len(documents) * last.tokens_per_document
-    for query, rows in query_blocks(config, workspace, attribution, queries):
-        values["source"][rows], kept_here = attribution.source(query, dot)
-        kept += np.array(kept_here) * len(rows) / len(queries)
-        at_end = rotated_query(query, layers, projections) if attribution.projected else query
-        conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
-        values["ekfac_influence"][rows] = dot(final, attribution.as_rows(conditioned, last.index)).T / unit
-        plain = attribution.as_rows(at_end, last.index)
-        dots = dot(final, plain)
-        values["gradient_dot"][rows] = dots.T
-        values["gradient_cosine"][rows] = cosines(dots, norms, plain).T
+    for asked in asked_of_rows(config, workspace, attribution, queries):
+        for name, part in _dots_with_rows(attribution, asked, dot=dot, norms=norms).items():
+            values[name][asked.queries] = part.T
+        kept += asked.kept.sum(axis=1) / len(queries)
 
     tokens = queries.num_loss_tokens
     weights = tokens / tokens.sum()
@@ -295,6 +328,24 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
         "projection_keeps": kept.tolist(),
     }
     return Scored(table, per_query, facts)
+
+
+def _dots_with_rows(attribution: Attribution, asked: Asked, *, dot: RowDot, norms: np.ndarray) -> dict[str, np.ndarray]:
+    """(document, query) scores by method; the tables of all checkpoints are walked once."""
+    last, num = attribution.segments[-1], len(asked.queries)
+    values: dict[str, np.ndarray] = {"source": np.zeros((len(norms), num))}
+    for segment, u in zip(attribution.segments, asked.responses, strict=True):
+        received = received_per_checkpoint(segment, attribution.exposure)[:, None]
+        for checkpoint in segment.checkpoints:
+            if checkpoint != attribution.final_checkpoint:
+                values["source"] += received * dot(checkpoint, u)
+                continue
+            dots = dot(checkpoint, torch.cat([u, asked.conditioned, asked.plain]))
+            values["source"] += received * dots[:, :num]
+            values["ekfac_influence"] = dots[:, num : 2 * num] / (len(norms) * last.tokens_per_document)
+            values["gradient_dot"] = dots[:, 2 * num :]
+            values["gradient_cosine"] = cosines(dots[:, 2 * num :], norms, asked.plain)
+    return values
 
 
 def _row_norms(workspace: Workspace, attribution: Attribution, doc_ids: list[str], checkpoint: int) -> np.ndarray:

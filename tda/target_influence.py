@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tda.artifacts import Workspace
-from tda.averaged_influence import at_counterfactual_end, averaged_response, rows_under
+from tda.averaged_influence import BLOCK_VALUES, at_counterfactual_end, averaged_response, rows_under
 from tda.config import Config
 from tda.data import Documents
 from tda.fitted import Fitted, Settings
@@ -21,7 +21,7 @@ from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
 
-NUM_GROUPS, ROUNDS = 12, 6  # means of targets that are solved for: so few that further rounds cost little
+MOST_GROUPS, ROUNDS = 12, 6  # means of targets that are solved for: so few that further rounds cost little
 SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # whose curvature is solved with; in smaller batches than gradients are taken
 
 
@@ -51,23 +51,32 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
 
 def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
     """`grouped` of the queries' gradients, no more than `QUERY_VALUES` numbers of which are in memory at once."""
-    size = max(1, QUERY_VALUES // sum(layer.d_in * layer.d_out for layer in place.layers))
+    gradient = sum(layer.d_in * layer.d_out for layer in place.layers)
+    size, num_groups = max(1, QUERY_VALUES // gradient), groups_for(len(weights), gradient=gradient)
     groups: Gradients = {}
     for start in range(0, len(weights), size):
         rows = np.arange(start, min(start + size, len(weights)))
         block = Fitted(place.run, place.task, place.train, place.queries.select(rows), place.settings)
-        for name, part in grouped(block.query_gradients, weights, rows).items():
+        for name, part in grouped(block.query_gradients, weights, rows, num_groups=num_groups).items():
             groups[name] = groups[name] + part if name in groups else part
     return groups
 
 
-def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray | None = None) -> Gradients:
-    """Sums of weighted query gradients over at most `NUM_GROUPS` groups, every so many queries to a group.
+def groups_for(num_queries: int, *, gradient: int) -> int:
+    """How many groups of queries are solved for, with `gradient` values in a vector: as many as are solved together.
 
-    `weights` are those of all queries, `query` the gradients of those in `rows` (default: of all).
+    Groups that are solved apart find no directions for each other; on the default model one group has scores like twelve
+    (EXPERIMENTS.md).
     """
-    num_groups = min(NUM_GROUPS, len(weights))
-    places = torch.arange(len(weights)) if rows is None else torch.from_numpy(rows)
+    return min(MOST_GROUPS, num_queries, max(1, BLOCK_VALUES // gradient))
+
+
+def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray, *, num_groups: int) -> Gradients:
+    """Sums of weighted query gradients over groups, every so many queries to a group.
+
+    `weights` are those of all queries, `query` the gradients of those in `rows`.
+    """
+    places = torch.from_numpy(rows)
     shares = torch.zeros(num_groups, len(places))
     shares[places % num_groups, torch.arange(len(places))] = torch.from_numpy(weights)[places].float()
     return {name: torch.einsum("gq,qoi->goi", shares.to(G), G) for name, G in query.items()}

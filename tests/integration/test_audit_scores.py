@@ -58,7 +58,8 @@ def test_training_documents_have_the_scores_of_the_pipeline(toy):
     expected = pl.read_parquet(toy.scores).select("doc_id", "score_source")
     both = scored.table.join(expected, on="doc_id", validate="1:1")
     assert len(both) == len(expected)
-    np.testing.assert_allclose(both["score"].to_numpy(), both["score_source"].to_numpy(), rtol=1e-12)
+    expected_values = both["score_source"].to_numpy()  # of every target; those of an audit are of their mean gradient, in float32
+    np.testing.assert_allclose(both["score"].to_numpy(), expected_values, rtol=1e-4, atol=1e-5 * np.abs(expected_values).max())
     assert not scored.table["is_new"].any()
     assert scored.counts == {}
 

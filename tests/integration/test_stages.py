@@ -427,3 +427,19 @@ def test_write_json_is_the_same_bytes_for_equal_values(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1, "a": [1.5]})
     write_json(tmp_path / "b.json", {"a": [1.5], "b": 1})
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+@pytest.mark.parametrize("asked_values", [1, 1 << 28])
+def test_scores_are_the_same_however_few_queries_are_in_memory_at_once(toy, monkeypatch, asked_values):
+    config, workspace = toy
+    expected, per_query = pl.read_parquet(workspace.scores), pl.read_parquet(workspace.query_scores)
+    kept = read_json(workspace.scoring, stage="scores")["projection_keeps"]
+    monkeypatch.setattr("tda.scoring.QUERY_VALUES", 1)
+    monkeypatch.setattr("tda.scoring.ASKED_VALUES", asked_values)
+    run(config, workspace, "scores")
+    scores = pl.read_parquet(workspace.scores)
+    for name in (name for name in scores.columns if name.startswith("score_")):
+        np.testing.assert_allclose(scores[name], expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max())
+    found = pl.read_parquet(workspace.query_scores)["scores"].to_numpy()
+    np.testing.assert_allclose(found, per_query["scores"].to_numpy(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(read_json(workspace.scoring, stage="scores")["projection_keeps"], kept, rtol=1e-4)

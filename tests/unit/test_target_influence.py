@@ -9,7 +9,7 @@ from tda.attribute import attribute
 from tda.data import load_documents
 from tda.recorded import load_run
 from tda.stages import prepare, segments, train
-from tda.target_influence import grouped, target_influence
+from tda.target_influence import grouped, groups_for, target_influence
 from tda.task import CausalLM
 from tests.toy import toy_config, write_corpus
 
@@ -62,10 +62,26 @@ def test_missing_optimizer_state_is_refused_unless_the_run_is_taken_for_sgd(tmp_
 def test_groups_add_up_to_the_weighted_sum():
     G = {"layer": torch.randn(30, 2, 3, dtype=torch.float64)}
     weights = np.random.default_rng(0).dirichlet(np.ones(30))
-    groups = grouped(G, weights)
+    groups = grouped(G, weights, np.arange(30), num_groups=12)
     assert groups["layer"].shape == (12, 2, 3)
     expected = torch.einsum("q,qoi->oi", torch.from_numpy(weights).float().double(), G["layer"])
     torch.testing.assert_close(groups["layer"].sum(dim=0), expected)
-    assert grouped({"layer": G["layer"][:5]}, weights[:5])["layer"].shape == (5, 2, 3)
-    parts = [grouped({"layer": G["layer"][rows]}, weights, rows)["layer"] for rows in np.array_split(np.arange(30), 4)]
+    parts = [
+        grouped({"layer": G["layer"][rows]}, weights, rows, num_groups=12)["layer"] for rows in np.array_split(np.arange(30), 4)
+    ]
     torch.testing.assert_close(sum(parts), groups["layer"])
+
+
+def test_a_large_model_is_solved_for_fewer_groups_so_that_memory_stays_bounded():
+    assert groups_for(200, gradient=200_000) == 12
+    assert groups_for(5, gradient=200_000) == 5
+    assert groups_for(200, gradient=2**24) == 4
+    assert groups_for(200, gradient=10**9) == 1
+
+
+def test_one_group_has_nearly_the_scores_of_many(tmp_path, monkeypatch):
+    config, workspace = trained(tmp_path)
+    documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
+    many = target_influence(config, workspace, documents, queries)
+    monkeypatch.setattr("tda.target_influence.BLOCK_VALUES", 1)
+    assert np.corrcoef(target_influence(config, workspace, documents, queries), many)[0, 1] > 0.99
