@@ -42,6 +42,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             f"{list(range(len(found)))}, or save more of them (save_steps and save_total_limit of the Trainer)"
         )
     chosen = [found[round((index + 1) * len(found) / len(recipe.checkpoints)) - 1] for index in recipe.checkpoints]
+    frozen = unmoved(found[0][1], found[-1][1]) if len(found) > 1 else []
     final_state = read_json(chosen[-1][1] / "trainer_state.json", stage="train")
     num_steps = chosen[-1][0]
     rates = interpolate_rates(final_state["log_history"], num_steps)
@@ -55,7 +56,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             check_fits(model, documents, origin=str(folder))
             target = part / str(index)
             _copy_model(folder, target / "model", model)
-            optimizer = _copy_optimizer(folder, target, model)
+            optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
     write_table(workspace.trajectory, _trajectory(num_steps, rates, losses))
@@ -72,6 +73,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             "stage_ends": [num_steps],
             "stage_parts": ["all"],
             "batches_known": False,
+            "frozen": frozen,
             "optimizer": optimizer.get("optimizer", recipe.optimizer),
             "momentum": optimizer.get("momentum", recipe.momentum if recipe.optimizer == "sgd" else 0.0),
             "beta2": optimizer.get("beta2", recipe.beta2),
@@ -137,18 +139,30 @@ def _is_model(name: str) -> bool:
     return name.endswith((".safetensors", ".json")) and not name.startswith(("trainer_state", "training_args"))
 
 
-def _copy_optimizer(folder: Path, target: Path, model: nn.Module) -> dict[str, Any]:
-    """Write the optimizer's tensors by parameter name; what kind of optimizer it is. Nothing, if the run saved none."""
+def unmoved(first: Path, last: Path) -> list[str]:
+    """The parameters that are the same in two checkpoints: what the run kept frozen."""
+    before, after = (dict(load_model(folder).named_parameters()) for folder in (first, last))
+    return sorted(name for name, value in after.items() if name in before and torch.equal(before[name], value))
+
+
+def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: list[str]) -> dict[str, Any]:
+    """Write the optimizer's tensors by parameter name; what kind of optimizer it is. Nothing, if the run saved none.
+
+    It may know the frozen parameters or not: a Trainer leaves out what was frozen when it began.
+    """
     path = folder / "optimizer.pt"
     if not path.exists():
         return {}
     saved = _load_optimizer(path)
     names = parameter_order(model)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(numbers) == len(names) - len(frozen):
+        names = [name for name in names if name not in frozen]
     if numbers != list(range(len(names))):
         raise ValueError(
-            f"train.run: {path} is for {len(numbers)} parameters, the model has {len(names)}; expected the optimizer of this "
-            "model with no parameter frozen, saved by the Trainer; or remove the file and set curvature.adam to none"
+            f"train.run: {path} is for {len(numbers)} parameters, the model has {len(names)}, of which {len(frozen)} do not "
+            "change between the first checkpoint and the last; expected the optimizer of this model, saved by the Trainer; or "
+            "remove the file and set curvature.adam to none"
         )
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}

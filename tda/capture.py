@@ -32,6 +32,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     plain_head(model)  # what it has to run, it runs before there are hooks
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in layers}
+    shape: Sequence[int] = ()
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     latest: tuple[Tensor | None, tuple, Tensor | None] = (None, (), None)
 
@@ -39,7 +40,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
         nonlocal latest
         view = input_view(module)
         if latest[0] is not a or latest[1] != view:
-            latest = (a, view, encode(by_name[layer.group], layer_inputs(module, a.detach())))
+            latest = (a, view, encode(by_name[layer.group], layer_inputs(module, a.detach(), shape)))
         return latest[2]
 
     def on_layer(layer: Layer) -> Callable:
@@ -47,17 +48,23 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
             kept = on_input(layer, module, inputs[0])
             if not output.requires_grad:
                 output = output.requires_grad_().clone()  # a copy, since what follows may work in place, on no leaf
-            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, Ds)))
+            seen = shape
+            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, Ds, seen)))
             return output
 
         return hook
+
+    def start(_module: nn.Module, inputs: tuple, named: dict) -> None:
+        nonlocal shape
+        shape = next(tuple(one.shape) for one in (*inputs, *named.values()) if isinstance(one, Tensor))
 
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
         nonlocal latest
         latest = (None, (), None)
 
     handles = [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
-    handles += [module.register_forward_hook(release) for module in {model, getattr(model, "base_model", model)}]
+    for module in {model, getattr(model, "base_model", model)}:
+        handles += [module.register_forward_pre_hook(start, with_kwargs=True), module.register_forward_hook(release)]
     model.requires_grad_(False)
     try:
         yield

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tda.artifacts import MEAN_FILE, Workspace, damaged, existing, read_json
 from tda.data import Documents
-from tda.model import Layer, layer_matrix, linear_modules, load_model
+from tda.model import Layer, freeze, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
 
 HASH_BLOCK = 1 << 24  # bytes
@@ -61,7 +61,8 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
     Raises:
         ValueError: it is of another architecture than the run's.
     """
-    expected = read_json(workspace.training, stage="train")["architecture_digest"]
+    training = read_json(workspace.training, stage="train")
+    expected = training["architecture_digest"]
     folder = existing(workspace.checkpoint(index) / "model", stage="train")
     model = load_model(folder)
     if architecture_digest(model) != expected:
@@ -76,7 +77,7 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
             model.load_state_dict(load_file(mean), strict=False)  # tied weights are there once
         except SafetensorError as error:
             raise FileNotFoundError(damaged(mean, error, stage="train")) from error
-    return model
+    return freeze(model, training.get("frozen", []))
 
 
 def second_moments(workspace: Workspace, index: int) -> dict[str, Tensor]:

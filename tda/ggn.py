@@ -51,26 +51,53 @@ def gauss_newton_product(
     }
     num_rows = sum(len(batch.rows) for batch in batches)
 
-    def of_batch(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
-        def outputs(matrices: dict[str, Tensor]) -> Tensor:
-            named = {
-                f"model.{parameter_name(name, key)}": value
-                for name, matrix in matrices.items()
-                for key, value in layer_parameters(modules[name], matrix).items()
-            }
-            return functional_call(network, named, (batch,))
+    def outputs(matrices: dict[str, Tensor], batch: Batch | TensorBatch) -> Tensor:
+        named = {
+            f"model.{parameter_name(name, key)}": value
+            for name, matrix in matrices.items()
+            for key, value in layer_parameters(modules[name], matrix).items()
+        }
+        return functional_call(network, named, (batch,))
 
+    def forward_and_back(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
         def slopes(z: Tensor) -> Tensor:
             return grad(lambda z: task.output_losses(z, batch).sum())(z)
 
-        z, pull = vjp(outputs, weights)
-        Jv = vmap(lambda t: jvp(outputs, (weights,), (unpack(t, layers),))[1])(v)
+        z, pull = vjp(lambda matrices: outputs(matrices, batch), weights)
+        Jv = vmap(lambda t: jvp(lambda matrices: outputs(matrices, batch), (weights,), (unpack(t, layers),))[1])(v)
         HJv = vmap(lambda t: jvp(slopes, (z,), (t,))[1])(Jv)
         return vmap(lambda t: pack(pull(t)[0], layers))(HJv)
 
+    @torch.enable_grad()
+    def back_twice(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
+        """J v is the derivative of J^T u by u: for models with operations that have no forward derivative."""
+        matrices = {name: matrix.detach().requires_grad_() for name, matrix in weights.items()}
+        held = [matrices[layer.name] for layer in layers]
+        z = outputs(matrices, batch)
+        u = torch.zeros_like(z, requires_grad=True)
+        Ju = torch.autograd.grad(z, held, u, create_graph=True, materialize_grads=True)
+        leaf = z.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(task.output_losses(leaf, batch).sum(), leaf, create_graph=True)
+        products = []
+        for tangent in v:
+            directions = unpack(tangent, layers)
+            (Jv,) = torch.autograd.grad(Ju, u, [directions[layer.name] for layer in layers], retain_graph=True)
+            (HJv,) = torch.autograd.grad(slopes, leaf, Jv, retain_graph=True)
+            products.append(torch.cat([part.flatten() for part in torch.autograd.grad(z, held, HJv, retain_graph=True)]))
+        return torch.stack(products)
+
+    way = forward_and_back
+
     def product(v: Float[Tensor, "query value"]) -> Float[Tensor, "query value"]:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward derivative
-            return sum(of_batch(batch, v) for batch in batches) * (weight / num_rows)
+        nonlocal way
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward derivative, nor a second
+            try:
+                return sum(way(batch, v) for batch in batches) * (weight / num_rows)
+            except RuntimeError:  # an operation has no forward derivative, or none that `torch.func` finds
+                if way is back_twice:
+                    raise
+                way = back_twice
+                return product(v)
 
     return product
 

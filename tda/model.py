@@ -1,8 +1,10 @@
 """Models: language models built or loaded, and which linear layers of any model are tracked, seen as matrices."""
 
+import itertools
+import operator
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -107,17 +109,29 @@ def tracked_layers(
 ) -> list[Layer]:
     """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
 
-    `probe` runs the model on anything, to see which layers are used, and which read the same input: it is projected once.
+    Those with a frozen weight are left out, unless all of the model is frozen. `probe` runs the model on anything, to see which
+    layers are used, and which read the same input: it is projected once.
 
     Raises:
         ValueError: no layer matches, or one is used more than once, so that its gradient is not one outer product per token.
     """
     modules = linear_modules(model)
-    chosen = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
-    if not chosen:
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        modules = {name: module for name, module in modules.items() if module.weight.requires_grad}
+    if not modules:
         raise ValueError(
-            f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are "
-            f"{', '.join(list(modules)[:8])}, ..."
+            "layers: the model trains no linear layer of its own (Linear, transformers' Conv1D, or plain Conv2d); expected one "
+            "that is not frozen and shares no weight with an embedding"
+        )
+    try:
+        chosen = {name: module for name, module in modules.items() if re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"layers: {pattern!r} is no regular expression: {error}; expected one of layers' names") from error
+    if not chosen:
+        names = ", ".join(list(modules)[:8]) + (", ..." if len(modules) > 8 else "")
+        raise ValueError(
+            f"layers: {pattern!r} (curvature.layers in params.yaml) matches none of the linear layers that are trained, which "
+            f"are {names}"
         )
     plain_head(model)  # what it has to run, it runs before there are hooks
     calls: list[tuple[str, Tensor]] = []
@@ -135,8 +149,8 @@ def tracked_layers(
     repeated |= _shared_weights(chosen)
     if repeated:
         raise ValueError(
-            f"curvature.layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a "
-            "weight and one use of their own; leave them out with the pattern curvature.layers"
+            f"layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
+            "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml)"
         )
     layers: dict[str, Layer] = {}
     leaders: dict[tuple, str] = {}
@@ -216,18 +230,42 @@ def input_view(module: nn.Module) -> tuple:
     return (module.bias is not None, *geometry)
 
 
-def layer_inputs(module: nn.Module, a: Tensor) -> Tensor:
-    """A layer's input as (example, position, inputs): a position is a token, a patch of an image, or the whole example."""
+def layer_inputs(module: nn.Module, a: Tensor, shape: Sequence[int]) -> Tensor:
+    """A layer's input as (example, position, inputs): a position is a token, a patch of an image, or the whole example.
+
+    `shape` is that of the model's input, examples first. Refused with ValueError: rows that may be of any example.
+    """
     if isinstance(module, nn.Conv2d):
         return F.unfold(a, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride).mT
-    return a[:, None] if a.ndim == 2 else a.flatten(1, -2)
+    return _by_example(a, shape)
 
 
-def layer_outputs(module: nn.Module, Ds: Tensor) -> Tensor:
-    """The gradient at a layer's output as (example, position, d_out)."""
+def layer_outputs(module: nn.Module, Ds: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient at a layer's output as (example, position, d_out); `shape` as above."""
     if isinstance(module, nn.Conv2d):
         return Ds.flatten(2).mT
-    return Ds[:, None] if Ds.ndim == 2 else Ds.flatten(1, -2)
+    return _by_example(Ds, shape)
+
+
+def _by_example(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Some models flatten examples and positions, or the first of their axes; of other rows it is not known whose they are."""
+    examples = shape[0]
+    if rows.ndim > 2 and rows.shape[0] == examples:
+        return rows.flatten(1, -2)
+    if rows.ndim == 2 and rows.shape[0] in itertools.accumulate(shape, operator.mul):
+        return rows.unflatten(0, (examples, rows.shape[0] // examples))
+    raise ValueError(
+        f"a tracked layer sees {tuple(rows.shape)} where the model's input is {tuple(shape)}: which of its rows belongs to which "
+        "example is not known; expected examples first, or examples and positions flattened; leave the layer out by the pattern "
+        "of layers (curvature.layers in params.yaml)"
+    )
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The model, its parameters of those names marked as not trained."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def num_parameters(model: nn.Module) -> int:

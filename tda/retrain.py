@@ -12,6 +12,7 @@ import polars as pl
 from tda.artifacts import Workspace, read_json, read_table, remove, write_json
 from tda.config import Config
 from tda.data import load_documents
+from tda.model import freeze
 from tda.parallel import device_of, num_workers, parallel_map
 from tda.run import initial_model, tokenizer_size
 from tda.train import make_optimizer, mean_loss, schedule, stage_lengths, train
@@ -43,7 +44,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     targets = load_documents(workspace.targets, half="verdict")
     heldout = load_documents(workspace.heldout)
     vocabulary = tokenizer_size(workspace)
-    device = device_of(config.compute)
+    device, frozen = device_of(config.compute), read_json(workspace.training, stage="train").get("frozen", [])
     work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
 
     def one(run: tuple[int, str]) -> Path:
@@ -53,6 +54,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
             held = arm_weights(arm, weights, seed=seed)
             recipe = config.train
             model = initial_model(recipe, vocabulary=vocabulary, context=config.prepare.context, seed=seed).to(device)
+            freeze(model, frozen)
             steps = schedule(documents, recipe, seed=seed, lengths=stage_lengths(documents, recipe), keep=held > 0)
             losses: list[float] = []
             train(

@@ -42,7 +42,7 @@ class _Perturbed(torch.autograd.Function):
     def backward(ctx, Ds):
         W, projected, P_o, slots, grid = ctx.saved_tensors
         dx = Ds @ W if ctx.needs_input_grad[0] else None
-        sides = (spread(side[0], slots, grid) for side in (Ds @ P_o, projected))
+        sides = (spread(side.flatten(0, -2), slots, grid) for side in (Ds @ P_o, projected))
         dR = outer_products(*sides).view(-1, P_o.shape[1], projected.shape[-1])
         return dx, None, None, None, None, dR, None, None
 

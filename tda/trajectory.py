@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tda.losses import at_least_float32
 from tda.means import RunningMean
+from tda.model import freeze
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,11 @@ class Recorder:
     @property
     def run(self) -> Run:
         """The run so far; its last checkpoint has to be at the last step taken."""
+        model = copy.deepcopy(self._model).eval()
+        trained = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        freeze(model, [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained])
         return Run(
-            model=copy.deepcopy(self._model).eval(),
+            model=model,
             checkpoints=list(self._checkpoints),
             learning_rates=np.array(self._learning_rates),
             batches=list(self._batches),

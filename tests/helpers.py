@@ -28,6 +28,24 @@ def tiny_gpt2(seed: int = 0) -> nn.Module:
     return sharpen(GPT2LMHeadModel(config).eval().double())
 
 
+def tiny_opt(seed: int = 0) -> nn.Module:
+    """A model whose feed-forward layers see examples and positions flattened."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        hidden_size=8,
+        word_embed_proj_dim=8,
+        ffn_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_cache=False,
+    )
+    return sharpen(OPTForCausalLM(config).eval().double())
+
+
 def sharpen(model: nn.Module) -> nn.Module:
     """Weights ten times as large, so that the predictions, and with them gradients and curvature, are far from uniform."""
     with torch.no_grad():

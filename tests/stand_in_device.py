@@ -2,20 +2,15 @@
 
 Tensors on it are wrappers. An operation on tensors of both sides is an error, so are numpy views, and a generator of the other
 side. Copies between the sides and waits (operations whose result the host has to know) are counted by the line of `tda` that
-asked for them. `torch.func` does not see through wrappers: products with the Gauss-Newton matrix are taken on the CPU, after a
-look at where their arguments are. Compilation is switched off.
+asked for them. Compilation is switched off; `torch.func` does not see through wrappers.
 
     from tests.stand_in_device import DEVICE, install, seen
     install()          # before models are made
     model.to(DEVICE)
 """
 
-import copy
-import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -213,8 +208,6 @@ def install() -> None:
     """Make the device known; not undone."""
     import transformers
 
-    import tda.fitted
-
     _library.fallback(lambda operation, *args, **kwargs: _run(operation, args, kwargs), "PrivateUse1")
     torch.Generator = _DeviceGenerator
     nn.Module.compile = lambda _self, *_args, **_kwargs: None
@@ -230,26 +223,3 @@ def install() -> None:
         return moved
 
     torch.arange, transformers.PreTrainedModel.to = arange_there, to_tied
-    tda.fitted.gauss_newton_product = _product(tda.fitted.gauss_newton_product)
-
-
-def _product(original: Any) -> Any:
-    def gauss_newton_product(model: nn.Module, layers: Sequence, batches: Sequence, **more: Any) -> Any:
-        device = next(model.parameters()).device
-        for batch in batches:
-            for value in (getattr(batch, field.name) for field in fields(batch)):
-                assert not isinstance(value, Tensor) or value.device == device, f"{value.device} for a model on {device}"
-        if device != DEVICE:
-            return original(model, layers, batches, **more)
-        host = copy.deepcopy(model).to(HOST)
-        if isinstance(getattr(host, "config", None), sys.modules["transformers"].PretrainedConfig):
-            host.tie_weights()
-        inside = original(host, layers, [batch.to(HOST) for batch in batches], **more)
-
-        def product(v: Tensor) -> Tensor:
-            assert v.device == DEVICE, v.device
-            return inside(v.cpu()).to(DEVICE)
-
-        return product
-
-    return gauss_newton_product

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from tda.adopt import parameter_order
 from tda.artifacts import Workspace, read_json
-from tda.checkpoints import load_checkpoint
+from tda.checkpoints import load_checkpoint, optimizer_state
 from tda.config import Config
 from tda.data import load_documents
 from tda.dynamics import load_exposure, load_segments
+from tda.factors import load_factors
 from tda.tokens import train_tokenizer
 from tests.toy import run_stages, sentences, toy_config, write_corpus
 
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Call to deprecated:DeprecationWarning", "ignore::UserWarning:torch", "ignore::FutureWarning"
 )
 CONTEXT, STEPS, SAVE = 24, 24, 4
+
+
+GPT2_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,29 @@ def test_the_whole_pipeline_runs_on_an_adopted_run(adamw):
     layers = read_json(adamw.workspace.gradients(0), stage="gradients@0")["layers"]
     heads = [layer["name"] for layer in layers if "lm_head" in layer["name"]]
     assert heads == ([] if "gpt2" in str(adamw.output) else ["lm_head"])  # a tied head is an embedding
+
+
+def test_layers_that_the_trainer_kept_frozen_are_not_attributed(tmp_path):
+    """Nor are they trained by the retraining that the verdict rests on."""
+
+    def half_frozen(size: int) -> Any:
+        model = small_gpt2(size, dropout=False)
+        for part in (model.transformer.wte, model.transformer.wpe, model.transformer.h[0]):
+            part.requires_grad_(False)
+        return model
+
+    run = trained(tmp_path, half_frozen)
+    run_stages(run.config, run.workspace, "train", "segments", "curvature", "gradients", "scores", "curation", "retraining")
+    training = read_json(run.workspace.training, stage="train")
+    frozen = set(training["frozen"])
+    model = load_checkpoint(run.workspace, 0)
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    assert all(name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0.")) for name in frozen)
+    layers = load_factors(run.workspace.curvature(1)).layers
+    assert [layer.name for layer in layers] == [f"transformer.h.1.{name}" for name in GPT2_LAYERS]
+    state = optimizer_state(run.workspace, 3)
+    for name, moment in run.moments.items():
+        torch.testing.assert_close(state[f"exp_avg_sq.{name}"], moment)
 
 
 def test_a_run_of_sgd(sgd):

@@ -339,3 +339,29 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
             Lambda[name] -= (Q_S.T @ G @ Q_A).square()
     for values in Lambda.values():
         torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["frozen", "not in the optimizer"])
+def test_layers_that_were_not_trained_are_not_attributed(how):
+    """A frozen backbone under a trained head: scores are those of the head alone, as the exact replay has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    train = Examples(torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3)
+    queries = Examples(torch.randn(3, 4, dtype=torch.float64), torch.arange(3))
+    if how == "frozen":
+        model[0].requires_grad_(False)
+    trained = model[2].parameters() if how == "not in the optimizer" else [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    recorder, task = Recorder(model, optimizer, num_steps=6, num_checkpoints=2), Classification()
+    for step in range(6):
+        rows = [(4 * step + place) % 12 for place in range(4)]
+        total, _losses = task.losses(model, train.batch(rows))
+        optimizer.zero_grad()
+        (total / 4).backward()
+        optimizer.step()
+        recorder.step(rows)
+    assert [layer.name for layer in Fitted(recorder.run, task, train, queries, Settings()).layers] == ["2"]
+    head = attribute("source", recorder.run, task, train, queries, layers="2", num_segments=1).values
+    np.testing.assert_allclose(attribute("source", recorder.run, task, train, queries, num_segments=1).values, head)
+    exact = attribute("replay", recorder.run, task, train, queries).values
+    assert np.corrcoef(head.ravel(), exact.ravel())[0, 1] > 0.95

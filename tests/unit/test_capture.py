@@ -1,14 +1,15 @@
 import pytest
 import torch
+from torch import nn
 
-from tda.data import batches
+from tda.data import Examples, batches
 from tda.gradients import gradient_rows, project_queries, query_gradients
 from tda.model import tracked_layers
 from tda.projection import random_projections
-from tda.task import CausalLM
-from tests.helpers import dense_gradient, document_loss, random_documents, tiny_gpt2, tiny_llama
+from tda.task import CausalLM, Regression
+from tests.helpers import dense_gradient, document_loss, random_documents, tiny_gpt2, tiny_llama, tiny_opt
 
-MODELS = {"llama": tiny_llama, "llama untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
+MODELS = {"llama": tiny_llama, "llama untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2, "opt": tiny_opt}
 
 
 def doubled(projections):
@@ -65,7 +66,7 @@ def test_layers_that_read_one_input_form_a_group_and_tied_heads_are_left_out():
 
 def test_a_pattern_chooses_layers_and_one_that_matches_nothing_is_refused():
     assert len(tracked_layers(tiny_llama(), r".*mlp\..*")) == 6
-    with pytest.raises(ValueError, match=r"curvature.layers: 'nothing' matches none"):
+    with pytest.raises(ValueError, match=r"layers: 'nothing' \(curvature.layers in params.yaml\) matches none"):
         tracked_layers(tiny_llama(), "nothing")
 
 
@@ -75,3 +76,52 @@ def test_training_mode_is_refused():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         query_gradients(model, layers, batches(documents, batch_tokens=24), task=CausalLM())
+
+
+class Flattening(nn.Module):
+    """A linear layer over every position of an example, which it may see flattened in some way, and one over their sum."""
+
+    def __init__(self, flatten):
+        super().__init__()
+        torch.manual_seed(0)
+        self.each, self.of_sum, self.flatten = nn.Linear(3, 4), nn.Linear(4, 2), flatten
+
+    def forward(self, x):
+        return self.of_sum(self.each(self.flatten(x)).tanh().reshape(x.shape[0], -1, 4).sum(dim=1))
+
+
+@pytest.mark.parametrize("num_examples", [1, 5])
+def test_positions_that_a_model_flattens_belong_to_their_examples(num_examples):
+    examples = Examples(torch.randn(num_examples, 6, 3), torch.randn(num_examples, 2))
+    found = []
+    for flatten in (lambda x: x, lambda x: x.reshape(-1, 3), lambda x: x.reshape(len(x), 2, 3, 3)):
+        model = Flattening(flatten).eval()
+        layers = tracked_layers(model, probe=lambda model: model(examples.x))
+        held = [examples.batch(range(num_examples))]
+        found.append(query_gradients(model, layers, held, task=Regression("squared_error"))[0])
+    for other in found[1:]:
+        for name, G in found[0].items():
+            torch.testing.assert_close(other[name], G)
+
+
+def test_rows_of_which_it_is_not_known_whose_they_are_are_refused():
+    """The first five rows of ten: the same number as of examples would have, were they not rows of two of them."""
+    examples = Examples(torch.randn(5, 6, 3), torch.randn(5, 2))
+    for flatten in (lambda x: x.reshape(-1, 3)[:20], lambda x: x.transpose(0, 1), lambda x: x.reshape(15, 2, 3)):
+        model = Flattening(flatten).eval()
+        layers = tracked_layers(model, probe=lambda model: model.each(examples.x))
+        with pytest.raises(ValueError, match="which of its rows belongs to which example is not known"):
+            query_gradients(model, layers, [examples.batch(range(5))], task=Regression("squared_error"))
+
+
+def test_frozen_layers_are_left_out_unless_all_is_frozen():
+    model = tiny_llama()
+    names = [layer.name for layer in tracked_layers(model)]
+    for name in names[:-2]:
+        model.get_submodule(name).requires_grad_(False)
+    assert [layer.name for layer in tracked_layers(model)] == names[-2:]
+    with pytest.raises(
+        ValueError, match=r"matches none of the linear layers that are trained, which are .*up_proj, .*down_proj$"
+    ):
+        tracked_layers(model, r".*layers\.0.*")
+    assert [layer.name for layer in tracked_layers(model.requires_grad_(False))] == names

@@ -59,6 +59,57 @@ def test_gauss_newton_products_are_those_of_the_dense_matrix(kind):
         torch.testing.assert_close(product(v), v @ G, **(SINGLE if kind == "llama" else {}))
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression", "conv", "llama", "gpt2"])
+def test_products_without_forward_derivatives_are_the_same(kind, monkeypatch):
+    model, task, data = model_of(kind)
+    layers = tracked_layers(model, PATTERNS.get(kind, ".*"), probe=lambda model: task.losses(model, data.batch([0])))
+    held = list(batches(data, batch_tokens=3))
+    v = torch.randn(2, sum(layer.d_out * layer.d_in for layer in layers), dtype=torch.float64)
+    expected = gauss_newton_product(model, layers, held, task=task, weight=0.3)(v)
+
+    def refused(*_arguments):
+        raise NotImplementedError("Trying to use forward AD with an operation that does not support it")
+
+    monkeypatch.setattr("tda.ggn.jvp", refused)
+    product = gauss_newton_product(model, layers, held, task=task, weight=0.3)
+    for _ in range(2):
+        torch.testing.assert_close(product(v), expected, **(SINGLE if kind == "llama" else {}))
+
+
+class OldStyle(torch.autograd.Function):
+    """A function that `torch.func` refuses, as some models have them; it can be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+def test_a_function_that_torch_func_refuses_takes_the_other_way():
+    class Model(nn.Module):
+        def __init__(self, bend):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.bend = nn.Linear(5, 4), nn.Linear(4, 3), bend
+
+        def forward(self, x):
+            return self.second(self.bend(self.first(x)))
+
+    models = [Model(bend).double().eval() for bend in (OldStyle.apply, torch.sin)]
+    data = Examples(torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,)))
+    products = []
+    for model in models:
+        layers = tracked_layers(model, probe=lambda model: model(data.x))
+        product = gauss_newton_product(model, layers, [data.batch(range(6))], task=Classification(), weight=1.0)
+        products.append(product(torch.eye(39, dtype=torch.float64)))
+    torch.testing.assert_close(*products)
+
+
 @pytest.mark.parametrize("kind", ["classification", "regression", "conv", "llama"])
 def test_outputs_are_what_the_losses_are_made_of(kind):
     model, task, data = model_of(kind)
