@@ -6,13 +6,16 @@ The in-memory counterpart of the pipeline's artifacts: the same segments, the sa
 computed when they are needed instead of being read from a store.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tda.counterfactual import Retrain, Retraining, retrained
@@ -21,7 +24,7 @@ from tda.factors import SegmentFactors
 from tda.fit_factors import fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_squares, query_gradients
-from tda.model import Layer, layer_matrix, linear_modules, parameter_name, tracked_layers
+from tda.model import EVERY_LAYER, Layer, layer_matrix, linear_modules, parameter_name, tracked_layers, what_is_left_out
 from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
 from tda.source import Gradients, SegmentDynamics
@@ -31,52 +34,59 @@ from tda.trajectory import Run
 VALUES_AT_ONCE = 2**23  # numbers of a few queries in the largest vector or activation of a product
 
 
+Positive = Annotated[float, Field(gt=0)]
+FromZero = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CountFromZero = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What methods can be told; each reads what concerns it."""
 
-    num_segments: int = 3
+    num_segments: Count = 3
     segments_by: Literal["steps", "learning_rate"] = "steps"
     weights: Literal["last", "mean"] = "last"  # of a checkpoint: its own, or the mean of those since the checkpoint before
-    layers: str = ".*"  # which linear layers are tracked: a regular expression on the whole name
+    layers: str = EVERY_LAYER  # which linear layers are tracked: a regular expression on the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
-    damping: float = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
-    counterfactual_end: float = 0.5  # averaged_influence, surrogate: the part of the run that training without the row takes
-    damping_scale: float = 4.0  # averaged_influence: of 1/(eta_bar K)
-    rounds: int = 3  # averaged_influence: of block Krylov
-    solver_terms: int = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
-    ridge_scale: float = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 of a classifier, 1 of a regression
-    splits: int = 0  # surrogate: random splits of the rows in two halves; 0: 4 of a classifier, 16 of a regression
-    retrainings: int = 100  # datamodel: on random halves of the rows, in pairs
+    damping: Positive = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
+    counterfactual_end: Annotated[float, Field(gt=0, le=1)] = (
+        0.5  # averaged_influence, surrogate: part of the run without the row
+    )
+    damping_scale: FromZero = 4.0  # averaged_influence: of 1/(eta_bar K)
+    rounds: Count = 3  # averaged_influence: of block Krylov
+    solver_terms: CountFromZero = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
+    ridge_scale: FromZero = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 of a classifier, 1 of a regression
+    splits: CountFromZero = 0  # surrogate: random splits of the rows in two halves; 0: 4 of a classifier, 16 of a regression
+    retrainings: CountFromZero = 100  # datamodel: on random halves of the rows, in pairs
     prior: str = ""  # datamodel: the method whose scores it corrects; "": the most accurate that takes the task
-    curvature_examples: int = 0  # rows that curvature is fitted on; 0: all
-    iterations: int = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
-    solver_damping: float = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
-    solver_examples: int = 512  # rows whose curvature conjugate gradients solve with; 0: all
-    projection_size: int = 512  # values of a gradient in TRAK
-    batch_size: int = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
-    seed: int = 0
-    workers: int = 1  # processes that fit curvature
-
-    def __post_init__(self) -> None:
-        """Refuse a `counterfactual_end` outside (0, 1] with ValueError."""
-        if not 0 < self.counterfactual_end <= 1:
-            raise ValueError(
-                f"attribute: counterfactual_end is {self.counterfactual_end}; expected a part of the run, above 0 and at most 1"
-            )
+    curvature_examples: CountFromZero = 0  # rows that curvature is fitted on; 0: all
+    iterations: CountFromZero = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
+    solver_damping: FromZero = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
+    solver_examples: CountFromZero = 512  # rows whose curvature conjugate gradients solve with; 0: all
+    projection_size: Count = 512  # values of a gradient in TRAK
+    batch_size: CountFromZero = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
+    seed: CountFromZero = 0
+    workers: Count = 1  # processes that fit curvature
 
     @classmethod
     def of(cls, **settings: object) -> "Settings":
         """Settings by name.
 
         Raises:
-            ValueError: one of them is unknown.
+            ValueError: one of them is unknown, or has a value that no method takes.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"attribute: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(
+                f"attribute: {first['loc'][0]}: {first['msg'][0].lower() + first['msg'][1:]}; got {first['input']!r}"
+            ) from error
 
 
 class Fitted:
@@ -105,8 +115,13 @@ class Fitted:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The tracked layers."""
-        return tracked_layers(self.model(-1), self.settings.layers, probe=self._probe)
+        """The tracked layers; a warning says if they hold few of the weights, unless the settings choose among layers."""
+        model = self.model(-1)
+        layers = tracked_layers(model, self.settings.layers, probe=self._probe)
+        said = what_is_left_out(model, layers) if self.settings.layers == EVERY_LAYER else ""
+        if said:
+            warnings.warn(f"attribute: {said}", stacklevel=2)
+        return layers
 
     def _probe(self, model: nn.Module) -> object:
         return self.task.losses(model, self.train.batch([0]).to(self.device))

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from tda.config import Architecture
 
 PROBE_TOKENS = 4  # any few tokens show which layers share an input
+WORTH_SAYING = 0.9  # of the trained weights: users are told if methods follow fewer
+EVERY_LAYER = ".*"  # the pattern of layers that leaves nothing out
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,25 @@ def tracked_layers(
         group = leaders.setdefault((id(inputs), *input_view(module)), name)
         layers.setdefault(name, Layer(name, d_in + bias, d_out, bias, group))
     return list(layers.values())
+
+
+def what_is_left_out(model: nn.Module, layers: Sequence[Layer]) -> str:
+    """A sentence on how many of the trained weights `layers` hold, if it is fewer than `WORTH_SAYING` of them; else empty.
+
+    Those of embeddings, and vectors such as norms and biases, are not counted: methods here never follow them.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    every = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in embeddings}
+    trained = {name: weight for name, weight in every.items() if weight.requires_grad} or every
+    tracked = {parameter_name(layer.name, "weight") for layer in layers}
+    others = [name for name in trained if name not in tracked]
+    share = 1 - sum(trained[name].numel() for name in others) / max(1, sum(weight.numel() for weight in trained.values()))
+    if share >= WORTH_SAYING:
+        return ""
+    return (
+        f"scores follow {share:.0%} of the trained weights (embeddings and vectors not counted); left out are those of no "
+        f"Linear, Conv1D or plain Conv2d, or that do not run: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}"
+    )
 
 
 def _shared_weights(modules: dict[str, nn.Module]) -> set[str]:

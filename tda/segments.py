@@ -55,7 +55,8 @@ def segment_ends(
     if num_checkpoints < num_segments:
         raise ValueError(
             f"segments: {num_checkpoints} checkpoints cannot be divided into {num_segments} segments, each needs one; "
-            f"set segments.indices to {list(range(num_checkpoints))} or fewer, or train.checkpoints to more"
+            f"set segments.indices to {list(range(num_checkpoints))} or fewer, or train.checkpoints to more (for `attribute`: "
+            f"num_segments to {num_checkpoints} or fewer)"
         )
     if by == "steps":
         sizes = [len(part) for part in np.array_split(np.arange(num_checkpoints), num_segments)]

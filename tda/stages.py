@@ -69,6 +69,8 @@ def segments(config: Config, workspace: Workspace) -> None:
 
 def curvature(config: Config, workspace: Workspace, index: int) -> None:
     """EK-FAC of one segment; of one that is to be fitted from rows, only how they are projected."""
+    import sys
+
     import torch
 
     from tda.artifacts import read_json
@@ -77,7 +79,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     from tda.dynamics import curvature_rows, load_exposure, load_segments
     from tda.factors import save_factors
     from tda.fit_factors import fit_factors
-    from tda.model import tracked_layers
+    from tda.model import EVERY_LAYER, tracked_layers, what_is_left_out
     from tda.parallel import device_of, num_workers
     from tda.projection import random_projections
     from tda.task import CausalLM
@@ -119,6 +121,10 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
         room=config.compute.factor_gib * 2**30 or None,
     )
     save_factors(workspace.curvature(index), factors)
+    if config.curvature.layers == EVERY_LAYER:
+        said = what_is_left_out(load_checkpoint(workspace, segment.checkpoints[-1]), factors.layers)
+        if said:
+            print(f"tda curvature: {said}", file=sys.stderr)
 
 
 def gradients(config: Config, workspace: Workspace, index: int) -> None:

@@ -1,6 +1,7 @@
 """The public API on models that are no language models, against autograd and dense matrices."""
 
 import copy
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -341,27 +342,68 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
         torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("how", ["frozen", "not in the optimizer"])
-def test_layers_that_were_not_trained_are_not_attributed(how):
-    """A frozen backbone under a trained head: scores are those of the head alone, as the exact replay has them."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    train = Examples(torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3)
-    queries = Examples(torch.randn(3, 4, dtype=torch.float64), torch.arange(3))
-    if how == "frozen":
-        model[0].requires_grad_(False)
-    trained = model[2].parameters() if how == "not in the optimizer" else [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.05)
-    recorder, task = Recorder(model, optimizer, num_steps=6, num_checkpoints=2), Classification()
+def recorded_run(model: nn.Module, x: torch.Tensor, *, trained: list | None = None) -> tuple:
+    """Six steps of SGD on `x`, three classes, by the `trained` parameters; the run, task, rows and queries."""
+    train, task = Examples(x, torch.arange(len(x)) % 3), Classification()
+    optimizer = torch.optim.SGD(trained or model.parameters(), lr=0.05)
+    recorder = Recorder(model, optimizer, num_steps=6, num_checkpoints=3)
     for step in range(6):
-        rows = [(4 * step + place) % 12 for place in range(4)]
+        rows = [(4 * step + place) % len(x) for place in range(4)]
         total, _losses = task.losses(model, train.batch(rows))
         optimizer.zero_grad()
         (total / 4).backward()
         optimizer.step()
         recorder.step(rows)
-    assert [layer.name for layer in Fitted(recorder.run, task, train, queries, Settings()).layers] == ["2"]
-    head = attribute("source", recorder.run, task, train, queries, layers="2", num_segments=1).values
-    np.testing.assert_allclose(attribute("source", recorder.run, task, train, queries, num_segments=1).values, head)
-    exact = attribute("replay", recorder.run, task, train, queries).values
+    return recorder.run, task, train, train.select(range(3))
+
+
+@pytest.mark.parametrize("how", ["frozen", "not in the optimizer"])
+def test_layers_that_were_not_trained_are_not_attributed(how):
+    """A frozen backbone under a trained head: scores are those of the head alone, as the exact replay has them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    if how == "frozen":
+        model[0].requires_grad_(False)
+    run, task, train, queries = recorded_run(model, torch.randn(12, 4).double(), trained=list(model[2].parameters()))
+    assert [layer.name for layer in Fitted(run, task, train, queries, Settings()).layers] == ["2"]
+    head = attribute("source", run, task, train, queries, layers="2", num_segments=1).values
+    np.testing.assert_allclose(attribute("source", run, task, train, queries, num_segments=1).values, head)
+    exact = attribute("replay", run, task, train, queries).values
     assert np.corrcoef(head.ravel(), exact.ravel())[0, 1] > 0.95
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_segments", 0, "num_segments: input should be greater than or equal to 1; got 0"),
+        ("weights", "foo", "weights: input should be 'last' or 'mean'; got 'foo'"),
+        ("splits", -1, "splits: input should be greater than or equal to 0; got -1"),
+        ("damping", "abc", "damping: input should be a valid number.*; got 'abc'"),
+        ("layers", "(", r"layers: '\(' is no regular expression: missing \)"),
+        ("colour", 1, "unknown settings colour; known are num_segments"),
+    ],
+)
+def test_settings_that_no_method_takes_are_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        attribute("source", *setting("classification"), **{name: value})
+
+
+def test_a_model_whose_weights_are_mostly_not_followed_is_told_of():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x)[0][:, -1])
+
+    run, task, train, queries = recorded_run(Recurrent(), torch.randn(12, 6, 4))
+    with pytest.warns(
+        UserWarning, match=r"scores follow 8% of the trained weights .* left out .*: body.weight_ih_l0, body.weight_hh_l0"
+    ):
+        attribute("gradient_dot", run, task, train, queries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute("gradient_dot", run, task, train, queries, layers="head")  # chosen so
+        attribute("gradient_dot", *setting("classification"))

@@ -235,8 +235,8 @@ def test_the_path_kernel_goes_as_far_as_the_counterfactual_would(end, seen):
 
 def test_a_counterfactual_end_outside_the_run_is_refused():
     for end in (0.0, 1.5):
-        with pytest.raises(ValueError, match=rf"counterfactual_end is {end}; expected a part of the run, above 0 and at most 1"):
-            Settings(counterfactual_end=end)
+        with pytest.raises(ValueError, match=rf"counterfactual_end: input should be .*; got {end}"):
+            Settings.of(counterfactual_end=end)
 
 
 def test_surrogate_refuses_documents():
