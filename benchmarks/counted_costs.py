@@ -16,8 +16,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from benchmarks.peers import DRIVERS, PeerError, run_driver
 from benchmarks.peers_speed import hand_over
 from tda import costs
 from tda.data import Documents
-from tda.model import tracked_layers
-from tda.packing import pack, pack_plan
+from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
+from tda.fit_factors import SHARE_OF_FREE, bytes_to_fit, layer_blocks
+from tda.model import Layer, tracked_layers
+from tda.packing import PackedBatch, pack, pack_plan, within_documents
 from tda.projection import Projection, random_projections
 from tda.row_layers import decoder_layers, row_layers
 from tda.streaming import HostBuffers
@@ -63,6 +65,7 @@ SHAPES = {
 WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 BODY = r"model\..*"  # the peers' rows are of the body alone
 CONTEXT, RANK, BATCH_TOKENS, DOCUMENTS = 512, 64, 16 * 512, 120
+CARD = 80e9  # bytes of memory of a GPU that curvature is to be fitted on
 PEERS = ("ours", "bergson", "dattri_llm", "kronfluence")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "repeat_interleave")
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -244,6 +247,51 @@ def counted_curvature(case: Case) -> dict[str, dict[str, float]]:
     }
 
 
+def packed_curvature(case: Case) -> dict[str, float]:
+    """Copies and waits of a batch in both passes of EK-FAC over packed documents, beyond those of a pass: what one more adds."""
+    layers = tracked_layers(case.model, BODY)
+    plan = pack_plan(case.documents.lengths, batch_tokens=case.batch_tokens)
+    given: dict[str, Any] = {"task": CausalLM(), "generator": torch.Generator().manual_seed(0)}
+    basis: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def counted(batches: Sequence[list[int]]) -> tuple[int, int]:
+        copies, waits = Copies(), Waits()
+
+        def held() -> Iterator[PackedBatch]:
+            for rows in batches:
+                yield pack(case.documents, rows, fill_to=case.batch_tokens).to(case.model.device, copy=copies)
+
+        with within_documents(case.model), waits:
+            sums = covariances(case.model, layers, held(), **given)
+            basis.update(basis or eigenbasis(sums, layers))
+            corrected_eigenvalues(case.model, layers, held(), basis=basis, **given)
+        return len(copies.sizes), len(waits.seen)
+
+    counted(plan[:1])  # what a model is asked once
+    (copies, waits), (more_copies, more_waits) = counted(plan[:1]), counted(plan[:2])
+    return {"copies_per_batch": (more_copies - copies) / 2, "waits_per_batch": (more_waits - waits) / 2}
+
+
+def fitted_in(case: Case, memory: float) -> dict[str, float]:
+    """Fitting EK-FAC of all layers of the body beside the weights in `memory` bytes: blocks of layers, and what they cost."""
+    model = case.decoder()
+    load = costs.Load(1, case.context, case.context**2, case.context - 1)
+    room = SHARE_OF_FREE * (memory - sum(one.nbytes for one in case.model.parameters()))
+    blocks = layer_blocks(model.tracked, room=room, copies=1, narrow=True)
+
+    def passes(layers: Sequence[Layer]) -> int:
+        part = replace(model, tracked=tuple(layers))
+        return costs.covariance_pass(part, load) + costs.eigenvalue_pass(part, load)
+
+    return {
+        "blocks": len(blocks),
+        "bytes_at_once": max(bytes_to_fit(block, copies=1, narrow=True) for block in blocks),
+        "bytes_of_all": bytes_to_fit(model.tracked, copies=1, narrow=True),
+        "flops_per_token": sum(map(passes, blocks)) / load.tokens,
+        "share_of_one_block": sum(map(passes, blocks)) / passes(model.tracked),
+    }
+
+
 def compiled_layer(case: Case) -> dict[str, float]:
     """What a decoder layer is once it is compiled, that between the first and the last: bytes per token that it keeps, products.
 
@@ -377,6 +425,8 @@ def main(arguments: Sequence[str]) -> None:
         layer["kept_bytes_all_layers"] = layer["kept_bytes"] * BATCH_TOKENS * SHAPES[shape]["num_hidden_layers"]
         layer["weights_bytes"] = sum(one.nbytes for one in case.model.parameters())
         held: dict[str, Any] = {"passes": passes, "layer": layer}
+        held["packed_curvature"] = packed_curvature(narrow)
+        held["fitted"] = fitted_in(case, CARD)
         held["peers"], held["left_out"] = counted_peers(
             shape, narrow=chosen.narrow, peers=list(filter(None, chosen.peers.split(",")))
         )
@@ -411,6 +461,14 @@ def _tables(shape: str, held: dict[str, Any], *, narrow: int) -> str:
         f"a compiled decoder layer: {layer['products_forward']} products forward, {layer['products_backward']} back; it keeps "
         f"{layer['kept_bytes'] / 1e3:.1f} kB a token, all layers {layer['kept_bytes_all_layers'] / 2**30:.1f} GiB of a batch, "
         f"beside {layer['weights_bytes'] / 2**30:.1f} GiB of weights",
+    ]
+    curvature, fitted = held["packed_curvature"], held["fitted"]
+    lines += [
+        f"curvature of packed documents, per batch: {curvature['copies_per_batch']:.0f} copy, "
+        f"{curvature['waits_per_batch']:.0f} waits",
+        f"curvature of all layers in {CARD / 1e9:.0f} GB: {fitted['blocks']} blocks of layers of up to "
+        f"{fitted['bytes_at_once'] / 1e9:.0f} GB ({fitted['bytes_of_all'] / 1e9:.0f} GB at once otherwise), "
+        f"{fitted['flops_per_token'] / 1e9:.0f} GFLOP a token in both passes, {fitted['share_of_one_block']:.2f} of one block",
     ]
     if "kernels" in held:
         found = held["kernels"]

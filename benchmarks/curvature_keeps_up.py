@@ -25,7 +25,7 @@ from benchmarks.common import (
     speed,
 )
 from tda.config import load_config
-from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import Covariances, corrected_eigenvalues, covariances, eigenbasis
 from tda.model import tracked_layers
 from tda.task import CausalLM
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         return torch.Generator(chosen.device).manual_seed(0)
 
     sums = covariances(model, layers, batches, task=CausalLM(), generator=generator())
-    basis = eigenbasis(sums, layers)
+    basis = eigenbasis(Covariances(dict(sums.A), dict(sums.S), sums.num_tokens), layers)  # which uses them up
     check(model, layers, batches, basis, sums)
     actions = {
         "reference": lambda: [frozen_pass(model, batch) for batch in batches],

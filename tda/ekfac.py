@@ -49,19 +49,18 @@ class EKFAC:
 
 @dataclass(frozen=True)
 class Covariances:
-    """Sums over tokens of `a a^T` by group of layers and of `Ds Ds^T` by layer, so that merging is `+`."""
+    """Sums over tokens of `a a^T` by group of layers and of `Ds Ds^T` by layer, so that merging is adding."""
 
     A: dict[str, Tensor]
     S: dict[str, Tensor]
     num_tokens: int
 
-    def __add__(self, other: "Covariances") -> "Covariances":
-        return Covariances(_merged(self.A, other.A), _merged(self.S, other.S), self.num_tokens + other.num_tokens)
-
-
-def _merged(some: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums by name; a part of the data that was empty has no names."""
-    return {name: some[name] + more[name] if name in some and name in more else (some | more)[name] for name in some | more}
+    def add_(self, other: "Covariances") -> "Covariances":
+        """Both together, in the memory of the first."""
+        for sums, more in ((self.A, other.A), (self.S, other.S)):
+            for name, matrix in more.items():
+                sums[name] = sums[name].add_(matrix) if name in sums else matrix
+        return Covariances(self.A, self.S, self.num_tokens + other.num_tokens)
 
 
 def covariances(
@@ -72,26 +71,28 @@ def covariances(
     task: Task,
     generator: torch.Generator,
     projections: dict[str, Projection] | None = None,
+    into: Covariances | None = None,
 ) -> Covariances:
     """Sums of the covariances over all positions that a loss can depend on, in float32, with sampled labels.
 
-    With `projections`, those of the projected inputs and pseudo-gradients.
+    With `projections`, those of the projected inputs and pseudo-gradients. They are added to the sums in `into`, if it is given.
     """
-    A: dict[str, Tensor] = {}
-    S: dict[str, Tensor] = {}
-    num_tokens: Tensor | int = 0  # a tensor, for which no batch waits
+    A, S = ({}, {}) if into is None else (into.A, into.S)
+    device = next(model.parameters()).device
+    held = {name: projection.to(device) for name, projection in (projections or {}).items()}
+    num_tokens: Tensor | int = 0 if into is None else into.num_tokens  # becomes a tensor, for which no batch waits
     counts: Tensor
 
     def add_inputs(layer: Layer, a: Tensor) -> None:
         a = append_one(at_least_float32(a), bias=layer.bias)
-        if projections is not None:
-            a = a @ projections[layer.name].P_i
+        if held:
+            a = a @ held[layer.name].P_i
         _accumulate(A, layer.name, (a * counts).flatten(0, 1))
 
     def add_pseudo_gradients(layer: Layer, _kept: None, Ds: Tensor) -> None:
         Ds = at_least_float32(Ds)
-        if projections is not None:
-            Ds = Ds @ projections[layer.name].P_o
+        if held:
+            Ds = Ds @ held[layer.name].P_o
         _accumulate(S, layer.name, Ds.flatten(0, 1))
 
     with captured(model, layers, encode=add_inputs, consume=add_pseudo_gradients):
@@ -134,13 +135,13 @@ def complete_from_lower(total: Float[Tensor, "d d"]) -> None:
 
 
 def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`(Q_A, Q_S)` of every layer, columns by falling eigenvalue; layers of one group share `Q_A`.
+    """`(Q_A, Q_S)` of every layer on the CPU, columns by falling eigenvalue; layers of one group share `Q_A`.
 
-    A covariance that is not finite is refused with ValueError.
+    Covariances are used up: each is let go when its eigenvectors are there. One that is not finite is refused with ValueError.
     """
-    inputs = {name: _eigenvectors(A, f"inputs of {name}") for name, A in covariances.A.items()}
+    inputs = {name: _eigenvectors(covariances.A.pop(name), f"inputs of {name}").cpu() for name in list(covariances.A)}
     return {
-        layer.name: (inputs[layer.group], _eigenvectors(covariances.S[layer.name], f"outputs of {layer.name}"))
+        layer.name: (inputs[layer.group], _eigenvectors(covariances.S.pop(layer.name), f"outputs of {layer.name}").cpu())
         for layer in layers
     }
 
@@ -172,23 +173,26 @@ def corrected_eigenvalues(
     task: Task,
     basis: dict[str, tuple[Tensor, Tensor]],
     generator: torch.Generator,
+    into: tuple[dict[str, Tensor], int] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Sums over documents of `(Q_S^T G Q_A)^2` with sampled labels, and the number of documents.
 
-    Activations and pseudo-gradients are rotated before their product.
+    Activations and pseudo-gradients are rotated before their product. They are added to the sums in `into`, if it is given.
     """
-    Lambda = {name: Q_A.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}
-    dtype = next(model.parameters()).dtype
-    rotations = {name: (Q_A.to(dtype), Q_S.to(dtype)) for name, (Q_A, Q_S) in basis.items()}
-    num_documents = 0
+    parameter = next(model.parameters())
+    rotations = _rotations(basis, parameter)
+    if into is None:
+        zero = at_least_float32(parameter.new_zeros(()))
+        into = {name: zero.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}, 0
+    Lambda, num_documents = into
     batch: DocumentBatch | TensorBatch
 
     def rotate_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return encode_inputs(a.to(dtype), rotations[layer.name][0], bias=layer.bias)
+        return encode_inputs(a.to(parameter.dtype), rotations[layer.name][0], bias=layer.bias)
 
     def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
         add_squared_gradients(
-            Lambda[layer.name], batch.by_document(Ds.to(dtype) @ rotations[layer.name][1]), batch.by_document(rotated)
+            Lambda[layer.name], batch.by_document(Ds.to(parameter.dtype) @ rotations[layer.name][1]), batch.by_document(rotated)
         )
 
     with captured(model, layers, encode=rotate_inputs, consume=add_squares):
@@ -197,6 +201,15 @@ def corrected_eigenvalues(
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Lambda, num_documents
+
+
+def _rotations(basis: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The basis where `like` is, in its dtype; what layers share is there once."""
+    inputs: dict[int, Tensor] = {}
+    for Q_A, _Q_S in basis.values():
+        if id(Q_A) not in inputs:
+            inputs[id(Q_A)] = Q_A.to(like)
+    return {name: (inputs[id(Q_A)], Q_S.to(like)) for name, (Q_A, Q_S) in basis.items()}
 
 
 def add_squared_gradients(

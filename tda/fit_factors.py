@@ -27,10 +27,10 @@ from tda.usage import free_memory
 
 NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
 FLOAT = 4  # bytes
-SHARE_OF_FREE = 0.5  # of the memory that is free beside the model; activations and eigendecompositions need some too
+SHARE_OF_FREE = 0.6  # of the memory that is free beside the model; activations and eigendecompositions need some too
 
 Result = TypeVar("Result")
-Work = Callable[[nn.Module, Iterator, torch.Generator], Result]
+Work = Callable[[nn.Module, Iterator, torch.Generator, Result | None], Result]  # what to add to comes last
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Passes:
     workers: int
     device: torch.device
 
-    def over(self, work: Work[Result], description: str, *, salt: int) -> Iterator[Result]:
-        """`work` of every part of the data at every checkpoint, in their order; `salt` decides which labels it draws.
+    def over(self, work: Work[Result], add: Callable[[Result, Result], Result], description: str, *, salt: int) -> Result:
+        """The sum of `work` over all parts of the data at every checkpoint; `salt` decides which labels it draws.
 
-        Parts are done in parallel on the CPU.
+        On the CPU parts are done in parallel, each into sums of its own, so that these do not depend on the number of workers.
         """
-        lengths = self.data.lengths
-        plan = (pack_plan if self.packed else batch_plan)(lengths, batch_tokens=self.batch_tokens)
+        plan = (pack_plan if self.packed else batch_plan)(self.data.lengths, batch_tokens=self.batch_tokens)
         parts = [(checkpoint, shard) for checkpoint in self.checkpoints for shard in range(NUM_SHARDS)]
+        total: Result | None = None
 
         def one(part: tuple[str | int, int]) -> Result:
             checkpoint, shard = part
@@ -61,9 +61,16 @@ class Passes:
             generator = torch.Generator(self.device).manual_seed((self.seed * 8 + salt) * 2**20 + number)
             model = self.model(checkpoint)
             with within_documents(model) if self.packed else contextlib.nullcontext(), products_in_tf32(model):
-                return work(model, map(self._batch, plan[shard::NUM_SHARDS]), generator)
+                return work(model, map(self._batch, plan[shard::NUM_SHARDS]), generator, None if self.apart else total)
 
-        return parallel_map(one, parts, workers=self.workers, description=description)
+        for done in parallel_map(one, parts, workers=self.workers, description=description):
+            total = done if total is None or not self.apart else add(total, done)
+        return total
+
+    @property
+    def apart(self) -> bool:
+        """Whether every part of the data has sums of its own."""
+        return self.device.type == "cpu"
 
     def _batch(self, rows: list[int]):
         if self.packed:
@@ -118,7 +125,9 @@ def fit_factors(
     packed = packed and isinstance(data, Documents) and packs(last)
     passes = Passes(checkpoints, model, data, packed, batch_tokens, seed, workers, device)
     room = SHARE_OF_FREE * free_memory(device) if room is None else room
-    blocks = [layers] if chosen else layer_blocks(layers, room=room, copies=1 + workers, scaled=adam == "symmetric")
+    copies = 1 + workers if passes.apart else 1
+    narrow = next(last.parameters()).dtype == torch.bfloat16
+    blocks = [layers] if chosen else layer_blocks(layers, room=room, copies=copies, narrow=narrow, scaled=adam == "symmetric")
     plain, scaled = {}, {}
     for number, block in enumerate(blocks, start=1):
         name = f" of layers {number}/{len(blocks)}" if len(blocks) > 1 else ""
@@ -129,27 +138,30 @@ def fit_factors(
     return SegmentFactors(layers, plain, scaled, P, chosen or {}, len(data))
 
 
-def layer_blocks(layers: Sequence[Layer], *, room: float, copies: int, scaled: bool = False) -> list[list[Layer]]:
-    """`layers` in their order, as many in a block as can be fitted in `room` bytes; those that share an input stay together.
-
-    `copies` is how many sums of a kind there are at once, each worker's and the total.
-    """
+def layer_blocks(
+    layers: Sequence[Layer], *, room: float, copies: int, narrow: bool = False, scaled: bool = False
+) -> list[list[Layer]]:
+    """`layers` in their order, as many in a block as can be fitted in `room` bytes; those that share an input stay together."""
     blocks: list[list[Layer]] = []
     for group in dict.fromkeys(layer.group for layer in layers):
         members = [layer for layer in layers if layer.group == group]
-        if not blocks or bytes_to_fit([*blocks[-1], *members], copies=copies, scaled=scaled) > room:
+        if not blocks or bytes_to_fit([*blocks[-1], *members], copies=copies, narrow=narrow, scaled=scaled) > room:
             blocks.append([])
         blocks[-1] += members
     return blocks
 
 
-def bytes_to_fit(layers: Sequence[Layer], *, copies: int, scaled: bool = False) -> int:
-    """The most that sums and bases of `layers` take: all covariances; or the bases, in narrow form too, and all eigenvalues."""
+def bytes_to_fit(layers: Sequence[Layer], *, copies: int, narrow: bool = False, scaled: bool = False) -> int:
+    """The most that sums and bases of `layers` take: all covariances, or the bases (`narrow`: in bfloat16) and all eigenvalues.
+
+    `copies` is how many sums of a kind there are at once: the one, or each worker's and the total.
+    """
     outputs = sum(layer.d_out**2 for layer in layers)
     inputs = sum(layer.d_in**2 for layer in layers if scaled or layer.name == layer.group)
     gradients = sum(layer.d_in * layer.d_out for layer in layers)
+    covariances = inputs + outputs
     held = gradients if scaled else 0  # the optimizer's preconditioner
-    return FLOAT * (held + max(copies * (inputs + outputs), 3 * (inputs + outputs) // 2 + copies * gradients))
+    return FLOAT * (held + max(copies * covariances, covariances // (2 if narrow else 1) + copies * gradients))
 
 
 def _fit_plain(
@@ -161,43 +173,47 @@ def _fit_plain(
     projections: dict[str, Projection] | None,
     name: str,
 ) -> dict[str, EKFAC]:
-    def covary(model: nn.Module, batches: Iterator, generator: torch.Generator) -> Covariances:
-        return covariances(model, layers, batches, task=task, generator=generator, projections=projections)
+    def covary(model: nn.Module, batches: Iterator, generator: torch.Generator, into: Covariances | None) -> Covariances:
+        return covariances(model, layers, batches, task=task, generator=generator, projections=projections, into=into)
 
-    basis = eigenbasis(functools.reduce(Covariances.__add__, passes.over(covary, f"covariances{name}", salt=1)), layers)
+    basis = eigenbasis(passes.over(covary, Covariances.add_, f"covariances{name}", salt=1), layers)
     rotated = basis
     if projections is not None:
         rotated = {one: (projections[one].P_i @ Q_A, projections[one].P_o @ Q_S) for one, (Q_A, Q_S) in basis.items()}
 
-    def correct(model: nn.Module, batches: Iterator, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
-        return corrected_eigenvalues(model, layers, batches, task=task, basis=rotated, generator=generator)
+    def correct(model: nn.Module, batches: Iterator, generator: torch.Generator, into: Squares | None) -> Squares:
+        return corrected_eigenvalues(model, layers, batches, task=task, basis=rotated, generator=generator, into=into)
 
-    return _factors(basis, passes.over(correct, f"eigenvalues{name}", salt=2), weight=weight)
+    Lambda, num_documents = passes.over(correct, _added, f"eigenvalues{name}", salt=2)
+    return _factors(basis, Lambda, weight=weight / num_documents)
 
 
 def _fit_scaled(
     passes: Passes, layers: list[Layer], *, task: Task, weight: float, root_P: dict[str, Tensor], name: str
 ) -> dict[str, EKFAC]:
-    def scale(basis: dict | None) -> Work:
-        return lambda model, batches, generator: scaled_factors(
-            model, layers, batches, task=task, root_P=root_P, basis=basis, generator=generator
+    def scale(basis: dict | None) -> Work[Scaled]:
+        return lambda model, batches, generator, into: scaled_factors(
+            model, layers, batches, task=task, root_P=root_P, basis=basis, generator=generator, into=into
         )
 
-    sums = (sums for sums, _ in passes.over(scale(None), f"scaled covariances{name}", salt=3))
-    basis = scaled_eigenbasis(functools.reduce(Covariances.__add__, sums), layers)
-    parts = passes.over(scale(basis), f"scaled eigenvalues{name}", salt=4)
-    return _factors(basis, ((Lambda, counted.num_tokens) for counted, Lambda in parts), weight=weight)
+    def add(some: Scaled, more: Scaled) -> Scaled:
+        return some[0].add_(more[0]), _added((some[1], 0), (more[1], 0))[0]
+
+    sums, _none = passes.over(scale(None), add, f"scaled covariances{name}", salt=3)
+    basis = scaled_eigenbasis(sums, layers)
+    counted, Lambda = passes.over(scale(basis), add, f"scaled eigenvalues{name}", salt=4)
+    return _factors(basis, Lambda, weight=weight / counted.num_tokens)
 
 
-def _factors(
-    basis: dict[str, tuple[Tensor, Tensor]], parts: Iterator[tuple[dict[str, Tensor], int]], *, weight: float
-) -> dict[str, EKFAC]:
-    """Factors of the sums that `parts` of the data have, each with its number of documents, on the CPU."""
-    total, num_documents = {}, 0
-    for sums, count in parts:
-        if count:
-            total = {name: total[name] + values for name, values in sums.items()} if total else sums
-            num_documents += count
-    return {
-        name: EKFAC(Q_A.cpu(), Q_S.cpu(), (total[name] * (weight / num_documents)).cpu()) for name, (Q_A, Q_S) in basis.items()
-    }
+Squares = tuple[dict[str, Tensor], int]  # sums over documents, by layer, and the number of documents
+Scaled = tuple[Covariances, dict[str, Tensor]]
+
+
+def _added(some: Squares, more: Squares) -> Squares:
+    for name, sums in more[0].items():
+        some[0][name] = some[0][name].add_(sums) if name in some[0] else sums
+    return some[0], some[1] + more[1]
+
+
+def _factors(basis: dict[str, tuple[Tensor, Tensor]], Lambda: dict[str, Tensor], *, weight: float) -> dict[str, EKFAC]:
+    return {name: EKFAC(Q_A, Q_S, (Lambda[name] * weight).cpu()) for name, (Q_A, Q_S) in basis.items()}

@@ -111,16 +111,18 @@ def scaled_factors(
     root_P: dict[str, Tensor],
     basis: dict[str, tuple[Tensor, Tensor]] | None,
     generator: torch.Generator,
+    into: tuple[Covariances, dict[str, Tensor]] | None = None,
 ) -> tuple[Covariances, dict[str, Tensor]]:
     """Sums over documents for the EK-FAC of M, with sampled labels, from gradients scaled by `root_P`.
 
     Without a `basis`: of `G G^T` and `G^T G`, whose eigenvectors are the basis. With one: of `(Q_S^T G Q_A)^2`.
     Scaled gradients are not outer products, so each document's is formed in full, at the cost of a weight gradient per document.
+    They are added to the sums in `into`, if it is given.
     """
-    A: dict[str, Tensor] = {}
-    S: dict[str, Tensor] = {}
-    Lambda: dict[str, Tensor] = {}
-    num_documents = 0
+    sums, Lambda = (Covariances({}, {}, 0), {}) if into is None else into
+    A, S, num_documents = sums.A, sums.S, sums.num_tokens
+    device = next(model.parameters()).device
+    rotations = None if basis is None else {name: (Q_A.to(device), Q_S.to(device)) for name, (Q_A, Q_S) in basis.items()}
     batch: DocumentBatch | TensorBatch
 
     def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
@@ -128,11 +130,11 @@ def scaled_factors(
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         G = root_P[layer.name] * (batch.by_document(at_least_float32(Ds)).mT @ batch.by_document(a))
-        if basis is None:
+        if rotations is None:
             A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", G, G)
             S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", G, G)
         else:
-            Q_A, Q_S = basis[layer.name]
+            Q_A, Q_S = rotations[layer.name]
             Lambda[layer.name] = Lambda.get(layer.name, 0) + (Q_S.T @ G @ Q_A).square_().sum(dim=0)
 
     with captured(model, layers, encode=keep_inputs, consume=add):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tda import ekfac
-from tda.ekfac import add_squared_gradients, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import Covariances, add_squared_gradients, corrected_eigenvalues, covariances, eigenbasis
 from tda.fit_factors import bytes_to_fit, fit_factors, layer_blocks
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, within_documents
@@ -86,9 +86,10 @@ def test_blocks_keep_order_and_shared_inputs_and_hold_as_much_as_fits():
 def test_what_fitting_takes_is_what_its_sums_and_bases_take():
     (layer, other) = (Layer("a", 3, 5, False, "a"), Layer("b", 3, 2, False, "a"))
     sums = 3 * 3 + 5 * 5 + 2 * 2
-    assert bytes_to_fit([layer, other], copies=3) == 4 * max(3 * sums, 3 * sums // 2 + 3 * (15 + 6))
+    assert bytes_to_fit([layer, other], copies=3) == 4 * max(3 * sums, sums + 3 * (15 + 6))
+    assert bytes_to_fit([layer, other], copies=1, narrow=True) == 4 * max(sums, sums // 2 + 15 + 6)
     apart = sums + 3 * 3  # scaled gradients share no input
-    assert bytes_to_fit([layer, other], copies=3, scaled=True) == 4 * (21 + max(3 * apart, 3 * apart // 2 + 3 * 21))
+    assert bytes_to_fit([layer, other], copies=3, scaled=True) == 4 * (21 + max(3 * apart, apart + 3 * 21))
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
@@ -111,7 +112,7 @@ def test_packed_documents_have_the_curvature_of_padded_ones(build, fill_to):
         nonlocal basis
         plain = covariances(model, layers, [batch], **given())
         projected = covariances(model, layers, [batch], projections=projections, **given())
-        basis = basis or eigenbasis(plain, layers)
+        basis = basis or eigenbasis(Covariances(dict(plain.A), dict(plain.S), plain.num_tokens), layers)  # which uses them up
         Lambda, count = corrected_eigenvalues(model, layers, [batch], basis=basis, **given())
         scaled, _ = scaled_factors(model, layers, [batch], root_P=root_P, basis=None, **given())
         _, scaled_Lambda = scaled_factors(model, layers, [batch], root_P=root_P, basis=basis, **given())
