@@ -57,7 +57,40 @@ def free_memory(device: "torch.device | None" = None) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return min([available, *left_by_control_groups()])
+
+
+def left_by_control_groups(root: Path = Path("/")) -> list[int]:
+    """Bytes that each control group of this process, such as a container, leaves of its limit (cgroups(7), versions 2 and 1)."""
+    left = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _number, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                mount = root / "sys/fs/cgroup" / controllers
+                inner = Path(path).relative_to("/")
+                folders = [mount / inner, *(mount / parent for parent in inner.parents)]
+                left += [room for folder in folders if (room := _left(folder, _FILES[controllers])) is not None]
+    return left
+
+
+_FILES = {  # by controller: limit, usage, and what of the statistics are pages of files that can go
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _left(folder: Path, names: tuple[str, str, str]) -> int | None:
+    limit, usage, cached = names
+    try:
+        allowed = (folder / limit).read_text().strip()
+        if allowed == "max":
+            return None
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, int(allowed) - int((folder / usage).read_text()) + int(statistics.get(cached, 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def _mib(field: str) -> float:
