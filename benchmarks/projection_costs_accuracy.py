@@ -89,7 +89,8 @@ class Answer:
         rows = math.ceil(settings.solver_terms / train.num_loss_tokens.mean())
         batch_size = BATCH_SIZES[isinstance(train, Documents)]
         settings = replace(settings, num_segments=1, solver_examples=rows, batch_size=batch_size)
-        self.place = Fitted(at_mean(run, around(run, settings.counterfactual_end)), bank.recipe.task, train, queries, settings)
+        steps = [checkpoint.step for checkpoint in run.checkpoints]
+        self.place = Fitted(at_mean(run, around(steps, settings.counterfactual_end)), bank.recipe.task, train, queries, settings)
         (self.segment,), (dynamics,), (self.factors,) = self.place.segments, self.place.dynamics, self.place.factors
         self.layers, self.basis = self.place.layers, self.factors.plain
         damping = dynamics.weight_decay + settings.damping_scale / self.segment.time

@@ -14,6 +14,7 @@ It differs from EK-FAC influence at the last checkpoint in three things (EXPERIM
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from tda.fitted import Fitted
 from tda.iterative import block_krylov
 from tda.solve import DampedCurvature, respond
 from tda.source import Gradients
-from tda.trajectory import Run, at_mean
+from tda.trajectory import at_mean
 
 WINDOW = 1 / 3  # of the run, around the counterfactual's end
 BLOCK_VALUES = 2**26  # numbers of the queries that are solved together: about a dozen times as many are held
@@ -31,16 +32,16 @@ BLOCK_VALUES = 2**26  # numbers of the queries that are solved together: about a
 
 def averaged_influence_scores(run: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's mean cost when the row is left out of training."""
-    place = at_counterfactual_end(run)
+    steps = [checkpoint.step for checkpoint in run.run.checkpoints]
+    place = at_mean_of(run, around(steps, run.settings.counterfactual_end))
     return rows_under(place, averaged_response(place, place.query_gradients))
 
 
-def at_counterfactual_end(run: Fitted) -> Fitted:
-    """The run as one segment, seen at the mean weights around the end of the counterfactual training."""
+def at_mean_of(run: Fitted, checkpoints: Sequence[int]) -> Fitted:
+    """The run as one segment, seen at the mean weights of the stretches of training that end at these checkpoints, by index."""
     num_rows = math.ceil(run.settings.solver_terms / run.train.num_loss_tokens.mean())
     settings = replace(run.settings, num_segments=1, solver_examples=num_rows)
-    mean = at_mean(run.run, around(run.run, settings.counterfactual_end))
-    return Fitted(mean, run.task, run.train, run.queries, settings)
+    return Fitted(at_mean(run.run, checkpoints), run.task, run.train, run.queries, settings)
 
 
 def averaged_response(place: Fitted, query: Gradients) -> Gradients:
@@ -65,10 +66,10 @@ def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
     return (received * place.dot(segment, 0, response)).T
 
 
-def around(run: Run, end: float) -> list[int]:
-    """The checkpoints, by index, whose stretches of training lie in the third of the run around `end`, in parts of it."""
-    steps = np.array([0, *(checkpoint.step for checkpoint in run.checkpoints)])
-    centres = (steps[:-1] + steps[1:]) / 2 / steps[-1]
+def around(steps: Sequence[int], end: float) -> list[int]:
+    """The checkpoints at `steps`, by index, whose stretches of training lie in the third of the run around `end`, a part of it."""
+    ends = np.array([0, *steps])
+    centres = (ends[:-1] + ends[1:]) / 2 / ends[-1]
     start = min(max(end - WINDOW / 2, 0), 1 - WINDOW)
     inside = np.flatnonzero((centres > start) & (centres < start + WINDOW))
     return inside.tolist() or [int(np.abs(centres - (start + WINDOW / 2)).argmin())]

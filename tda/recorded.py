@@ -1,13 +1,16 @@
 """The pipeline's run, from its artifacts, as methods for any model take it."""
 
+from collections.abc import Sequence
+
 from tda.artifacts import Workspace, read_json, read_table
 from tda.checkpoints import load_checkpoint, second_moments
 from tda.trajectory import Checkpoint, Optimizer, Run
 
 
-def load_run(workspace: Workspace, *, needs_moments: bool) -> Run:
+def load_run(workspace: Workspace, *, needs_moments: bool, only: Sequence[int] | None = None) -> Run:
     """The run as methods for any model take it, each checkpoint with the weights at which it is attributed.
 
+    With `only`, of its checkpoints those, by index; the last one has to be among them.
     With `needs_moments`, a checkpoint of an AdamW run without optimizer state is refused with FileNotFoundError. Without, the
     run is taken for one by SGD.
     """
@@ -22,10 +25,13 @@ def load_run(workspace: Workspace, *, needs_moments: bool) -> Run:
         weight_decay=training["weight_decay"],
     )
     checkpoints = []
-    for index, step in enumerate(training["checkpoint_steps"]):
+    steps = training["checkpoint_steps"]
+    for index in range(len(steps)) if only is None else only:
         model = load_checkpoint(workspace, index)
         weights = {name: value.clone() for name, value in model.state_dict().items()}
-        checkpoints.append(Checkpoint(step, weights, second_moments(workspace, index) if optimizer.kind == "adamw" else {}))
+        checkpoints.append(
+            Checkpoint(steps[index], weights, second_moments(workspace, index) if optimizer.kind == "adamw" else {})
+        )
     rates = trajectory["learning_rate"].to_numpy()
     if sgd:
         rates = rates * trajectory["gradient_scale"].to_numpy()  # what clipping left of each step

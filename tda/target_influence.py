@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tda.artifacts import Workspace
-from tda.averaged_influence import BLOCK_VALUES, at_counterfactual_end, averaged_response, rows_under
+from tda.artifacts import Workspace, read_json
+from tda.averaged_influence import BLOCK_VALUES, around, at_mean_of, averaged_response, rows_under
 from tda.config import Config
 from tda.data import Documents
 from tda.fitted import Fitted, Settings
@@ -41,9 +41,11 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
         batch_size=min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS),
         seed=config.curvature.seed,
     )
-    run = load_run(workspace, needs_moments=config.curvature.adam != "none")
+    steps = read_json(workspace.training, stage="train")["checkpoint_steps"]
+    run = load_run(workspace, needs_moments=config.curvature.adam != "none", only=around(steps, settings.counterfactual_end))
     run = replace(run, model=run.model.to(device_of(config.compute)))  # where everything is worked out
-    place = at_counterfactual_end(Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings))
+    fitted = Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings)
+    place = at_mean_of(fitted, range(len(run.checkpoints)))
     groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())
     response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
     return rows_under(place, response)[0]
