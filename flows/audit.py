@@ -1,5 +1,10 @@
 """The flow `audit`: scores against the target set with the existing checkpoints, no retraining; fails when a limit is passed."""
 
+from flows.shell import supervise
+
+if __name__ == "__main__":
+    supervise("flows.audit")
+
 import json
 import os
 import subprocess

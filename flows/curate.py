@@ -3,9 +3,15 @@
 `python -m flows.curate` runs it on Prefect's embedded server; `prefect deployment run curate/llm` on a real one.
 """
 
+from flows.shell import supervise
+
+if __name__ == "__main__":
+    supervise("flows.curate")
+
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,14 +44,14 @@ def _another_try_can_help(task, run, state) -> bool:
     retry_delay_seconds=5,
     retry_condition_fn=_another_try_can_help,
 )
-def run_stage(stage: str, root: str, slots: Slots | None) -> str:
+def run_stage(stage: str, root: str, slots: Slots | None, stopped: threading.Event) -> str:
     """One stage as a process: "ran", or "up to date"."""
     log = get_run_logger().info
     if slots is None:
-        ran = graph.run_stage(stage, Path(root), environment={}, log=log)
+        ran = graph.run_stage(stage, Path(root), environment={}, log=log, stopped=stopped)
     else:
         with slots.one() as environment:
-            ran = graph.run_stage(stage, Path(root), environment=environment, log=log)
+            ran = graph.run_stage(stage, Path(root), environment=environment, log=log, stopped=stopped)
     return "ran" if ran else "up to date"
 
 
@@ -85,11 +91,15 @@ def _walk(root: Path) -> dict[str, str]:
     device = load_config(root / "params.yaml").compute.device
     num_parts = Counter(stage.split("@")[0] for stage in needs if "@" in stage)
     slots = {name: Slots(environments(count, device=device)) for name, count in num_parts.items()}
-    futures = {}
-    for stage, needed in needs.items():
-        after = [futures[name] for name in needed]
-        futures[stage] = run_stage.submit(stage, str(root), slots.get(stage.split("@")[0]), wait_for=after)
-    wait(list(futures.values()))
+    futures, stopped = {}, threading.Event()
+    try:
+        for stage, needed in needs.items():
+            after = [futures[name] for name in needed]
+            futures[stage] = run_stage.submit(stage, str(root), slots.get(stage.split("@")[0]), stopped, wait_for=after)
+        wait(list(futures.values()))
+    except BaseException:  # someone stops the flow
+        stopped.set()
+        raise
     states = {stage: future.state for stage, future in futures.items()}
     failed = [stage for stage, state in states.items() if state.is_failed() or state.is_crashed()]
     if failed:

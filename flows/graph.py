@@ -1,7 +1,7 @@
 """DVC's graph of stages, and one stage of it run as a process of its own. Knows DVC, and nothing of Prefect.
 
-DVC decides what is stale. A stage runs as `dvc repro --single-item`, in a process group of its own that is on record under
-`.dvc/tmp`, so that whoever comes after a killed flow can end what it left running.
+DVC decides what is stale. A stage runs as `dvc repro --single-item`, in a process group of its own that ends with the flow. The
+group is on record under `.dvc/tmp`, so that the flow can end it, and whoever comes after a killed flow what may be left of it.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,9 +20,10 @@ import networkx
 from dvc.repo import Repo
 from dvc.utils.serialize import dump_yaml, load_yaml
 
+from flows import lifeline
+from flows.lifeline import GRACE_SECONDS
 from tda.artifacts import only_run
 
-GRACE_SECONDS = 10  # between the request to stop and the kill
 QUIET_LOGS = {"TQDM_MININTERVAL": "15", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -46,13 +48,18 @@ def is_clean(root: Path) -> bool:
         return not repo.status()
 
 
-def run_stage(stage: str, root: Path, *, environment: dict[str, str], log: Callable[[str], None]) -> bool:
+def run_stage(
+    stage: str, root: Path, *, environment: dict[str, str], log: Callable[[str], None], stopped: threading.Event
+) -> bool:
     """Bring one stage up to date; whether its command ran. The output goes to `log` line by line.
 
-    A `StageError` names the stage and ends with its last words.
+    Once `stopped` is set none starts. A stage ends with the thread that calls this, which waits for it. A `StageError` names the
+    stage and ends with its last words.
     """
+    _refuse_if(stopped, stage)
+    dvc = [sys.executable, "-P", lifeline.__file__, str(os.getpid())]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+        [*dvc, "--wait-for-lock", "repro", "--single-item", stage],
         cwd=root,
         env=_environment() | environment,
         text=True,
@@ -67,12 +74,14 @@ def run_stage(stage: str, root: Path, *, environment: dict[str, str], log: Calla
     record.write_text(_started(process.pid), encoding="utf-8")
     ran, last = False, deque(maxlen=12)
     try:
+        _refuse_if(stopped, stage)  # who set it may have looked for records before there was this one
         for line in map(str.rstrip, process.stdout):
             if line:
                 log(line)
                 last.append(line)
                 ran = ran or line.startswith("Running stage")
         if process.wait() != 0:
+            _refuse_if(stopped, stage)
             raise _failure(stage, process.returncode, list(last))
     finally:
         if process.poll() is None:
@@ -81,6 +90,11 @@ def run_stage(stage: str, root: Path, *, environment: dict[str, str], log: Calla
         process.stdout.close()
         record.unlink(missing_ok=True)
     return ran
+
+
+def _refuse_if(stopped: threading.Event, stage: str) -> None:
+    if stopped.is_set():
+        raise StageError(f"stage {stage}: the flow was stopped")
 
 
 def _environment() -> dict[str, str]:

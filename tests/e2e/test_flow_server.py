@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import processes_with, wait_until
+
 pytestmark = pytest.mark.server
 
 PROJECT = Path(__file__).parents[2]
@@ -119,14 +121,7 @@ def ended(process: subprocess.Popen) -> None:
 
 def processes_of(folder: Path) -> list[str]:
     """Command lines of the processes that were started with this folder as Prefect's home."""
-    mark, found = f"PREFECT_HOME={folder}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0") and (entry / "cmdline").read_bytes():
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
+    return list(processes_with(f"PREFECT_HOME={folder}").values())
 
 
 @pytest.fixture(scope="module")
@@ -292,18 +287,6 @@ def children(records: Path) -> list[str]:
     return found
 
 
-def wait_until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except OSError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-
-
 FOUND = "import json, sys; print(json.dumps({'passed': sys.argv[1] == '0', 'summary': 'toy audit', 'report': 'data/a.html'}))"
 AUDIT = """
 import sys
@@ -344,11 +327,49 @@ def test_the_deployments_can_be_served_without_a_worker(server, toy):
     assert "0 3 * * *" in served
 
 
+def embedded(server: Server, home: Path) -> Server:
+    """None that runs: a flow starts one of its own."""
+    own = {key: value for key, value in server.environment.items() if key != "PREFECT_API_URL"}
+    return Server("", own | {"PREFECT_HOME": str(home)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_flow_leaves_no_process_and_starts_no_further_stage(server, toy, tmp_path, number):
+    home = tmp_path / "prefect"
+    alone = embedded(server, home)
+    (toy / "hold").touch()
+    (toy / "placed").unlink(missing_ok=True)
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.curate", json.dumps({"prepare.seed": 100 + number})],
+        cwd=toy,
+        env=alone.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_until(lambda: any("part.sh" in command for command in processes_of(home)))
+        (flow.send_signal if number == signal.SIGKILL else lambda number: os.killpg(flow.pid, number))(number)
+        flow.wait(15)
+        wait_until(lambda: not processes_of(home), seconds=15)
+    finally:
+        for left in processes_with(f"PREFECT_HOME={home}"):
+            os.kill(left, signal.SIGKILL)
+        output, messages = flow.communicate()
+        (toy / "hold").unlink()
+    assert not (toy / "placed").exists()
+    assert "Traceback" not in output + messages
+    if number != signal.SIGKILL:
+        assert flow.returncode == 130
+        assert messages.splitlines()[-1] == "flows.curate: interrupted; run the same command again to go on"
+        assert "ERROR" not in output + messages
+
+
 def test_the_flow_runs_on_the_embedded_server_too(server, toy, tmp_path):
     home = tmp_path / "prefect"
-    alone = Server(
-        "", {key: value for key, value in server.environment.items() if key != "PREFECT_API_URL"} | {"PREFECT_HOME": str(home)}
-    )
+    alone = embedded(server, home)
     assert "Finished in state Completed" in alone.run(toy, "python", "-m", "flows.curate").stdout
     assert "up to date" in alone.run(toy, "dvc", "status").stdout
     wait_until(lambda: not processes_of(home), seconds=30)

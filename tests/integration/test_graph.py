@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from flows.slots import Slots, environments, parse_gpus
 from tda.artifacts import Workspace
 from tda.config import Config, load_config
 from tda.pipeline import STAGES
+from tests.processes import wait_until
 
 # DVC builds its graph with a call that its own dependency has since deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value will soon raise:DeprecationWarning")
@@ -211,10 +212,16 @@ def toy(tmp_path) -> Path:
     return tmp_path
 
 
-def run(root: Path, *stages: str) -> list[bool]:
+def run(root: Path, *stages: str, stopped: threading.Event | None = None) -> list[bool]:
     """Each in a thread of its own, as the flow does."""
+
+    def one(stage: str) -> bool:
+        return graph.run_stage(
+            stage, root, environment={}, log=lambda line: None, stopped=threading.Event() if stopped is None else stopped
+        )
+
     with ThreadPoolExecutor(len(stages)) as threads:
-        return list(threads.map(lambda stage: graph.run_stage(stage, root, environment={}, log=lambda line: None), stages))
+        return list(threads.map(one, stages))
 
 
 def test_graph_is_in_running_order(toy):
@@ -274,23 +281,87 @@ def test_a_killed_stage_may_be_tried_again_and_a_stopped_one_not(toy, name, by_c
     assert caught.value.by_chance is by_chance
 
 
-def test_what_a_killed_flow_left_running_is_ended(toy):
-    (toy / "dvc.yaml").write_text(TOY.replace("mkdir -p data/parts", "touch begun && sleep 60"))
-    starter = "from pathlib import Path; from flows import graph; graph.run_stage('first', Path(), environment={}, log=print)"
-    flow = subprocess.Popen([sys.executable, "-c", starter], cwd=toy, stdout=subprocess.DEVNULL)
+HELD = """
+trap 'touch asked; exit' TERM
+touch begun
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def held(toy) -> Path:
+    """The first stage does not end, and notes that it was asked to."""
+    (toy / "held.sh").write_text(HELD)
+    (toy / "dvc.yaml").write_text(TOY.replace("mkdir -p data/parts", "sh held.sh"))
+    return toy
+
+
+def test_a_stage_ends_with_its_flow(held):
+    starter = """
+import threading
+from pathlib import Path
+from flows import graph
+graph.run_stage("first", Path(), environment={}, log=print, stopped=threading.Event())
+"""
+    flow = subprocess.Popen([sys.executable, "-c", starter], cwd=held, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not (toy / "begun").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until((held / "begun").exists)
+        (stage,) = [int(path.name) for path in graph._records(held).iterdir()]
+        assert graph._alive(stage)
     finally:
         flow.send_signal(signal.SIGKILL)
         flow.wait()
-    (stage,) = [int(path.name) for path in graph._records(toy).iterdir()]
-    assert graph._alive(stage)
-    with graph.only_flow(toy):
-        assert not graph._alive(stage)
-    assert not list(graph._records(toy).iterdir())
-    assert not (toy / "dvc.lock").exists()
+    wait_until(lambda: not graph._alive(stage), seconds=5)
+    assert (held / "asked").exists()
+    with graph.only_flow(held):
+        assert not list(graph._records(held).iterdir())
+    assert not (held / "dvc.lock").exists()
+
+
+def test_a_stopped_flow_ends_its_stage_and_starts_no_other(held):
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        with graph.only_flow(held):
+            first = threads.submit(run, held, "first", stopped=stopped)
+            wait_until((held / "begun").exists)
+            stopped.set()
+        with pytest.raises(graph.StageError, match="stage first: the flow was stopped") as caught:
+            first.result()
+    assert not caught.value.by_chance
+    assert (held / "asked").exists()
+    with pytest.raises(graph.StageError, match="stage part@1: the flow was stopped"):
+        run(held, "part@1", stopped=stopped)
+    assert not list(graph._records(held).iterdir())
+
+
+def test_a_stage_that_starts_while_the_flow_is_stopped_ends_itself(held):
+    class Late(threading.Event):
+        """Set between the start of the process and its record."""
+
+        def is_set(self) -> bool:
+            was = super().is_set()
+            self.set()
+            return was
+
+    with pytest.raises(graph.StageError, match="stage first: the flow was stopped"):
+        run(held, "first", stopped=Late())
+    assert not list(graph._records(held).iterdir())
+    assert not (held / "dvc.lock").exists()
+
+
+def test_what_a_killed_flow_left_running_is_ended(toy):
+    left = subprocess.Popen(["sh", "-c", "sleep 60; true"], start_new_session=True)
+    try:
+        record = graph._records(toy) / str(left.pid)
+        record.parent.mkdir(parents=True)
+        record.write_text(graph._started(left.pid))
+        with graph.only_flow(toy):
+            assert not graph._alive(left.pid)
+        assert left.wait() == -signal.SIGTERM
+        assert not record.exists()
+    finally:
+        left.kill()
+        left.wait()
 
 
 def test_a_process_number_used_again_is_left_alone(toy):

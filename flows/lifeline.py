@@ -1,0 +1,42 @@
+"""Processes that do not outlive the one that started them. As a script: `dvc`, which ends all it started when its flow is killed.
+
+Started by its path, not with `-m`: it runs in the workspace, where this package need not be found.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+
+GRACE_SECONDS = 10  # between the request to stop and the kill
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with(parent: int, number: int) -> None:
+    """Have the system send this process the signal `number` when the thread of process `parent` that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it ended before that
+        os.kill(os.getpid(), number)
+
+
+def _end_group(number: int, frame: object) -> None:
+    """Ask all others of the group to stop, whereupon `dvc` ends by itself, and kill what has not stopped in time."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    kill = threading.Timer(GRACE_SECONDS, os.killpg, (0, signal.SIGKILL))
+    kill.daemon = True
+    kill.start()
+
+
+def _run_dvc(parent: int, arguments: list[str]) -> int:
+    """DVC's exit code."""
+    signal.signal(signal.SIGHUP, _end_group)
+    end_with(parent, signal.SIGHUP)
+    from dvc.cli import main
+
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(_run_dvc(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,79 @@
+"""A flow started from a shell: Ctrl-C ends it, its stages and Prefect's temporary server within seconds, and says one line."""
+
+import contextlib
+import os
+import signal
+import sys
+
+from flows.lifeline import GRACE_SECONDS, end_with
+from tda.cli import INTERRUPTED, TERMINATED
+
+STOP_SECONDS = GRACE_SECONDS + 5  # for the stages, and for Prefect to note it; then the flow is killed
+
+
+def supervise(name: str) -> None:
+    """Returns in a new process, in which the flow is to run; this one waits for it and exits as it does.
+
+    To be called before anything heavy is imported, so that an interrupt finds no half-loaded module. The flow gets a session of
+    its own: a terminal's Ctrl-C reaches this process alone, and Prefect's server lives on to be told how the run ended. Nor could
+    the flow itself see to it: polars takes SIGINT over, so that it does not wake a main thread that waits for its tasks.
+    """
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    flow = os.fork()
+    if flow == 0:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGUSR1, _be_quiet)
+        end_with(parent, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        return
+    sys.exit(_exit_code(name, flow))
+
+
+def _leave(number: int, frame: object) -> None:
+    """While a flow runs, Prefect has a handler of its own, and calls this one when it is through."""
+    raise SystemExit(TERMINATED)
+
+
+def _be_quiet(number: int, frame: object) -> None:
+    """The user knows that the flow ends, and need not read what each of its tasks says about it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _exit_code(name: str, flow: int) -> int:
+    """The exit code of the process `flow`, or `INTERRUPTED`. A second request to stop kills it, as a stop that takes too long."""
+    asked = []
+
+    def stop(number: int, frame: object) -> None:
+        if asked:
+            _kill(flow)
+        else:
+            os.kill(flow, signal.SIGUSR1)
+            os.kill(flow, signal.SIGTERM)
+            signal.alarm(STOP_SECONDS)
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    os.waitid(os.P_PID, flow, os.WEXITED | os.WNOWAIT)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_IGN)
+    _kill(flow)  # what it left: the server, if it was killed
+    code = os.waitstatus_to_exitcode(os.waitpid(flow, 0)[1])
+    if asked:
+        print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    if code < 0:
+        print(f"{name}: killed by {signal.Signals(-code).name}; run the same command again to go on", file=sys.stderr)
+        return 128 - code
+    return code
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
