@@ -11,7 +11,7 @@ import polars as pl
 
 from tda import charts
 from tda.artifacts import Workspace, read_json, whole, write_json, write_table
-from tda.charts import number, power_of_ten, times_power
+from tda.charts import power_of_ten, scaled, times_power
 from tda.config import Audit, Config
 from tda.page import both, document_card, render
 from tda.provenance import provenance
@@ -265,14 +265,15 @@ def _summary(table: pl.DataFrame, failed: list[Check], before: dict | None) -> s
 
 
 def _page(config: Config, workspace: Workspace, facts: dict, *, table: pl.DataFrame, made: dict, history: list[dict]) -> str:
-    exponent = power_of_ten(table["score"].to_numpy())
-    scale = 10.0**exponent
     harmful = table.filter(_harmful(table)).sort("score", "doc_id").head(config.report.num_examples)
+    means = [source[key] for source in facts["sources"] for key in ("mean", "previous_mean")]
+    crossed = [row[key] for row in facts["crossed"] for key in ("score", "previous_score")]
+    exponent = power_of_ten([value for value in [*means, *crossed, *harmful["score"]] if value is not None])
     texts = _texts(workspace, table, harmful["doc_id"])
     cards = [
         row
         | document_card(texts.get(row["doc_id"], ""))
-        | {"rank": place, "shown_score": number(row["score"] / scale, 3, sign=True)}
+        | {"rank": place, "shown_score": scaled(row["score"], exponent, sign=True)}
         for place, row in enumerate(harmful.to_dicts(), start=1)
     ]
     shares = [(entry["name"], entry["num_harmful"] / entry["num_documents"]) for entry in history]
@@ -283,7 +284,7 @@ def _page(config: Config, workspace: Workspace, facts: dict, *, table: pl.DataFr
         made=made,
         cards=cards,
         score_unit=times_power(exponent),
-        scale=scale,
+        exponent=exponent,
         history=history[::-1],
         trend=both(lambda width: charts.trend(shares, limit=config.audit.max_share_harmful, width=width)),
         words=CHECKS,

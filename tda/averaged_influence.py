@@ -67,7 +67,7 @@ def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
 
 
 def around(steps: Sequence[int], end: float) -> list[int]:
-    """The checkpoints at `steps`, by index, whose stretches of training lie in the third of the run around `end`, a part of it."""
+    """The checkpoints at `steps`, by index, whose stretches of training lie in the third around `end`, a part of the run."""
     ends = np.array([0, *steps])
     centres = (ends[:-1] + ends[1:]) / 2 / ends[-1]
     start = min(max(end - WINDOW / 2, 0), 1 - WINDOW)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tda.artifacts import whole
-from tda.bank_data import ARRAYS, BankData, check_data, not_finite
+from tda.bank_data import ARRAYS, BankData, check_data, not_finite, read_arrays
 from tda.rank_correlation import spearman
 from tda.recipe import CausalLMModel, Recipe, parse_recipe, resolve
 
@@ -60,11 +59,8 @@ def load_bank(path: str | Path) -> Bank:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such bank; give the .npz file of one, or leave --bank out to have one made")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"{path}: not a bank: {error}; expected an .npz file of plain arrays; copy or make it again") from error
+    remedy = "expected an .npz file of plain arrays; copy or make it again"
+    arrays = read_arrays(path, wrong=f"{path}: not a bank", remedy=remedy)
     missing = [name for name in TABLES if name not in arrays]
     if missing:
         raise ValueError(

@@ -1,8 +1,11 @@
 """The rows and queries of a bank: as they are stored, checked against the recipe, and as a model takes them."""
 
 import dataclasses
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +70,31 @@ class BankData:
             recipe = dataclasses.replace(recipe, model=CausalLMModel(""))
         digest.update(recipe.to_json().encode())
         return digest.hexdigest()
+
+
+def read_arrays(path: Path, *, wrong: str, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+        ValueError: it is not one of plain arrays; the message is `wrong`, the reason, and `remedy`.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an .npz file")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: _plain(file, name) for name in file.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{wrong}: {error}; {remedy}") from error
+
+
+def _plain(file: Any, name: str) -> np.ndarray:
+    try:
+        array = file[name]
+    except ValueError:  # numpy would have to trust it
+        array = None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is not an array of numbers or text")
+    return array
 
 
 def check_data(data: BankData, recipe: Recipe, *, origin: str) -> None:

@@ -130,7 +130,15 @@ def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[n
         def made(number: int, size: int) -> nn.Module:
             own = copy.deepcopy(about)  # a model keeps the configuration that it was made by
             own.get_text_config().num_hidden_layers, own.get_text_config().vocab_size = number, size
-            return AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+            try:
+                return AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+            except ValueError as error:
+                if "Unrecognized configuration class" not in str(error):
+                    raise
+                raise ValueError(  # Transformers' own words list all that it knows
+                    f"train.model: {config.train.model} is a {own.model_type} model; expected llama, or a folder or hub id of a "
+                    "causal language model"
+                ) from error
 
     with torch.device("meta"):
         parameters = num_parameters(made(number, size))

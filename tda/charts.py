@@ -48,17 +48,28 @@ def number(value: Number, digits: int = 3, *, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
+MAX_DECIMALS = 6  # of a number beside a common factor
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power_of_ten(values: Sequence[Number] | np.ndarray) -> int:
-    """The exponent, a multiple of three, in which typical sizes of `values` are between 1 and 1000; 0 if they need none."""
+    """The exponent, a multiple of three, in which the largest of `values` is between 1 and 1000; 0 if they need none."""
     sizes = np.abs(np.asarray(values, dtype=float))
-    sizes = sizes[np.isfinite(sizes) & (sizes > 0)]
-    if not len(sizes):
+    largest = sizes[np.isfinite(sizes)].max(initial=0.0)
+    if not largest:
         return 0
-    exponent = math.floor(math.log10(np.quantile(sizes, 0.9)) / 3) * 3
-    return 0 if -3 <= exponent <= 0 and np.quantile(sizes, 0.9) >= 0.01 else exponent
+    exponent = math.floor(math.log10(largest) / 3) * 3
+    return 0 if -3 <= exponent <= 0 and largest >= 0.01 else exponent
+
+
+def scaled(value: Number, exponent: int, *, sign: bool = False) -> str:
+    """`value` in units of 10 to the `exponent`, three significant digits, never with a power of ten of its own."""
+    shown = value / 10.0**exponent
+    if shown == 0 or not math.isfinite(shown):
+        return number(shown)
+    decimals = min(MAX_DECIMALS, max(0, 2 - math.floor(math.log10(abs(shown)))))
+    text = f"{shown:+.{decimals}f}" if sign else f"{shown:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if decimals else text).replace("-", "−")
 
 
 def times_power(exponent: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+from tda.bank_help import DESCRIPTION as BANK_DATA
 from tda.pipeline import STAGES, Stage
 
 OK, FAILED, USAGE, LIMIT_PASSED, MISMATCH, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 4, 130, 143
@@ -191,9 +192,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
 
     bank = _add_kind(
-        kinds, _evaluate_bank, "make a bank: retrain on random halves of the rows", "bank rows.npz bank.npz --subsets 100"
+        kinds,
+        _evaluate_bank,
+        "make a bank: retrain on random halves of the rows",
+        "bank rows.npz bank.npz --subsets 100",
+        more=f"{BANK_DATA}\n",
     )
-    bank.add_argument("data", type=Path, metavar="DATA", help=".npz with x_train, y_train, x_query, y_query, recipe (JSON)")
+    bank.add_argument("data", type=Path, metavar="DATA", help="rows, queries and recipe, .npz, as told below")
     bank.add_argument("out", type=Path, metavar="OUT", help="the bank to write, .npz; a killed run goes on")
     bank.add_argument("--subsets", type=_positive, default=100, metavar="N", help="random halves (default: %(default)s)")
     bank.add_argument("--repeats", type=_positive, default=10, metavar="N", help="models on each (default: %(default)s)")
@@ -214,12 +219,14 @@ def _add_evaluation(kinds: argparse._SubParsersAction, run: Callable, purpose: s
     return command
 
 
-def _add_kind(kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
+def _add_kind(
+    kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str, *, more: str = ""
+) -> argparse.ArgumentParser:
     command = kinds.add_parser(
         example.split()[0],
         help=purpose,
         description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example:\n  tda evaluate {example}\n\n{EXIT_CODES}",
+        epilog=f"example:\n  tda evaluate {example}\n\n{more}{EXIT_CODES}",
         formatter_class=_HelpFormatter,
     )
     command.set_defaults(run=run)
@@ -238,9 +245,9 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more; got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1; got {text}")
+    return int(text)
 
 
 def _amount(text: str) -> float:
@@ -254,7 +261,10 @@ def _amount(text: str) -> float:
 
 
 def _counts(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    try:
+        return [_positive(part.strip()) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, separated by commas, as 10,50; got {text}") from None
 
 
 def _plot_file(text: str) -> Path:

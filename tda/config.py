@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -154,6 +154,13 @@ class Curation(Section):
     min_weight: float = Field(ge=0)  # of reweight
     max_weight: float = Field(gt=0)
 
+    @field_validator("drop")
+    @classmethod
+    def _drop_is_a_share_or_a_count(cls, drop: float) -> float:
+        if drop >= 1 and not drop.is_integer():
+            raise ValueError(f"expected a share below 1 or a whole number of documents; got {drop}")
+        return drop
+
 
 class Retraining(Section):
     """Paired retraining on all, curated and randomly reduced data."""
@@ -212,6 +219,16 @@ class Config(Section):
     audit: Audit
     compute: Compute
 
+    @model_validator(mode="after")
+    def _every_segment_has_a_checkpoint(self):
+        there, wanted = len(self.train.checkpoints), len(self.segments.indices)
+        if not self.train.run and wanted > there:
+            raise ValueError(
+                f"segments.indices: {there} checkpoints (train.checkpoints) cannot be divided into {wanted} segments, each needs "
+                f"one; set segments.indices to {list(range(there))} or fewer, or train.checkpoints to more"
+            )
+        return self
+
 
 def load_config(path: str | Path = "params.yaml") -> Config:
     """The configuration in `path`.
@@ -251,7 +268,7 @@ def _explain(problem: dict, origin: str) -> str:
     if problem["type"] == "missing":
         return f"{origin}: {key} is missing; every key must be set, the shipped params.yaml has all of them"
     if problem["type"] == "value_error":
-        return f"{origin}: {key}: {problem['ctx']['error']}"
+        return ": ".join(part for part in (origin, key, str(problem["ctx"]["error"])) if part)
     return f"{origin}: {key}: {problem['msg']}; got {problem.get('input')!r}"
 
 

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from tda.artifacts import write_json
 from tda.bank import Bank, ceiling, load_bank
-from tda.bank_data import ARRAYS, BankData
+from tda.bank_data import ARRAYS, BankData, check_data, read_arrays
 from tda.bank_scores import NUM_CHECKPOINTS, RunStore
 from tda.builtin_bank import builtin_bank
 from tda.evaluate_lds import REFERENCES, default_methods, evaluate_lds, render_lds
@@ -70,22 +68,21 @@ def make(data: Path, out: Path, *, num_subsets: int, repeats: int, seed: int) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an array is missing.
+        ValueError: an array is missing or wrong, or `out` is another bank.
     """
     if not data.is_file():
         raise FileNotFoundError(f"{data}: no such file; expected an .npz with x_train, y_train, x_query, y_query and recipe")
-    try:
-        with np.load(data, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{data}: cannot be read: {error}; expected an .npz file of plain arrays") from error
+    remedy = "expected an .npz file of the arrays x_train, y_train, x_query, y_query and recipe, as numpy.savez writes it"
+    arrays = read_arrays(data, wrong=str(data), remedy=remedy)
     missing = [name for name in ("x_train", "x_query", "recipe") if name not in arrays]
     if missing:
         raise ValueError(f"{data}: {', '.join(missing)} missing; expected x_train, y_train, x_query, y_query and recipe")
     recipe = resolve(parse_recipe(str(arrays.pop("recipe")), origin=str(data)), data.parent, origin=str(data))
     held = {name: arrays.pop(name, None) for name in ARRAYS}
     extras = {name: value for name, value in arrays.items() if name not in ("masks", "measurements", "full_runs")}
-    bank = make_bank(BankData(**held, extras=extras), recipe, num_subsets=num_subsets, repeats=repeats, seed=seed, out=out)
+    rows = BankData(**held, extras=extras)
+    check_data(rows, recipe, origin=str(data))
+    bank = make_bank(rows, recipe, num_subsets=num_subsets, repeats=repeats, seed=seed, out=out)
     top = ceiling(bank)
     known = "unknown" if top is None else f"{top:.3f}"
     print(f"bank     {out}   ({num_subsets} subsets x {repeats} repeats; noise ceiling {known})")

@@ -22,7 +22,7 @@ from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, file_texts, source_files
 from tda.data import Documents, load_documents
 from tda.ingest import Document, read_documents
 from tda.prepare import BUILTIN, document_table, fields_of, made_tokenizer
-from tda.readers import rows
+from tda.readers import rows, share_of_bytes
 from tda.split import HALVES, fair_shares
 from tda.tokens import Row, encode_documents
 
@@ -139,22 +139,20 @@ def _read(config: Prepare) -> _Sample:
         path = Path(folder, Path(config.documents).name.split(".")[0] + ".jsonl")
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         reading = read_documents(str(path), fields=fields_of(config), split=config.split, max_bad_rows=1.0)
-    number = len(held) if whole else _num_rows(config, lines)
+    number = len(held) if whole else _num_rows(config)
     share = min(1.0, len(held[:SAMPLE]) / number)
     seconds = (time.process_time() - began) / share
     words = f"all {number} rows" if whole else f"the first {len(lines)} of about {number} rows"
     return _Sample(reading.documents, share, 0.0, seconds, words)
 
 
-def _num_rows(config: Prepare, lines: Sequence[str]) -> int:
-    """Rows at `prepare.documents`: by its size where that tells, else counted."""
+def _num_rows(config: Prepare) -> int:
+    """Rows at `prepare.documents`, more than `SAMPLE`: by the share of a file that those take, else counted."""
     path = Path(config.documents)
-    if path.is_file() and path.suffix in (".jsonl", ".ndjson", ".json", ".csv"):
-        with path.open("rb") as file:
-            head = list(itertools.islice(file, len(lines)))
-        return max(len(lines) + 1, round(path.stat().st_size * len(head) / sum(map(len, head))))
     if path.is_file() and path.suffix == ".parquet":
         return pl.scan_parquet(path).select(pl.len()).collect().item()
+    if path.is_file():
+        return max(SAMPLE + 1, round(SAMPLE / share_of_bytes(path, SAMPLE)))
     return sum(1 for _ in rows(config.documents, split=config.split))
 
 
@@ -171,8 +169,9 @@ def _numbers(
         from_sources = sum(row.document.source in target_sources for row in encoded) / share
         targets = min(targets, round(from_sources / 2))
         there["mixed"] -= targets
-    heldout = min(config.num_heldout, there["general"] // 2 or there["mixed"] // 2)
-    there["general"] = max(0, there["general"] - heldout)
+    part = "general" if there["general"] else "mixed"
+    heldout = min(config.num_heldout, there[part] // 2)
+    there[part] -= heldout
     shares = fair_shares({part: max(0, number) for part, number in there.items()}, config.max_documents or sum(there.values()))
     return shares | {"targets": max(2, targets), "heldout": max(1, heldout)}
 

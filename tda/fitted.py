@@ -70,8 +70,8 @@ class Settings:
     workers: Count = 1  # processes that fit curvature
 
     @classmethod
-    def of(cls, **settings: object) -> "Settings":
-        """Settings by name.
+    def of(cls, *, origin: str = "attribute", **settings: object) -> "Settings":
+        """Settings by name, numbers as text too; messages begin with `origin`.
 
         Raises:
             ValueError: one of them is unknown, or has a value that no method takes.
@@ -79,13 +79,13 @@ class Settings:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(f"attribute: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(f"{origin}: unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
         try:
             return cls(**settings)
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(
-                f"attribute: {first['loc'][0]}: {first['msg'][0].lower() + first['msg'][1:]}; got {first['input']!r}"
+                f"{origin}: {first['loc'][0]}: {first['msg'][0].lower() + first['msg'][1:]}; got {first['input']!r}"
             ) from error
 
 

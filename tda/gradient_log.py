@@ -4,13 +4,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tda.artifacts import Workspace
+from tda.artifacts import MEAN_FILE, Workspace, damaged
 from tda.checkpoints import load_checkpoint, weights_digest
 from tda.config import Config
 from tda.data import Documents, batch_plan
@@ -36,7 +38,11 @@ def segment_projections(config: Config, factors: SegmentFactors) -> dict[str, Pr
 
 
 def row_identity(config: Config, workspace: Workspace, checkpoint: int, projections: dict[str, Projection]) -> dict:
-    """Everything the rows of a checkpoint depend on beside the documents; rows of another identity never mix."""
+    """Everything the rows of a checkpoint depend on beside the documents; rows of another identity never mix.
+
+    A checkpoint whose weights are damaged is refused (ValueError).
+    """
+    _check_weights(workspace.checkpoint(checkpoint))
     digest = xxhash.xxh3_128()
     for name, projection in projections.items():
         digest.update(name.encode())
@@ -51,6 +57,17 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
         "loss": "summed over the document's predicted tokens",
         "layers": list(projections),
     } | ({} if config.gradients.precision == "float32" else {"precision": config.gradients.precision})
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are no whole file; their digest would only say that they are others."""
+    mean = folder / MEAN_FILE
+    for path in [mean] if mean.exists() else sorted((folder / "model").glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(damaged(path, error, stage="train")) from error
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import xxhash
 from tqdm import tqdm
 
 from tda.parallel import progress_is_shown
-from tda.readers import EXCERPT, Malformed, Row, rows, stem
+from tda.readers import EXCERPT, Malformed, Row, neighbouring_form, rows, stem
 
 MAX_ID = 512  # characters
 PARTS = ("general", "mixed")
@@ -119,9 +120,16 @@ def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str, na
         raise ValueError(
             f"{key}: {bad} of {reading.num_rows} rows of {location} are malformed, more than the share {max_bad_rows:g} "
             f"that prepare.max_bad_rows allows; {counts}; first at "
-            f"{first}; fields found: {', '.join(names) or 'none'}; name fields that are there (text_field, or prompt_field and "
-            "completion_field), mend the rows, or raise max_bad_rows"
+            f"{first}; fields found: {', '.join(names) or 'none'}; {_remedy(location, reading.quarantine[0]['file'])}"
         )
+
+
+def _remedy(location: str, file: str) -> str:
+    """What to do about malformed rows at `location`, the first of them in `file`."""
+    path = Path(location, file) if Path(location).is_dir() else Path(location)
+    if form := neighbouring_form(path):
+        return f"{path} {form}"
+    return "name fields that are there (text_field, or prompt_field and completion_field), mend the rows, or raise max_bad_rows"
 
 
 def _document(row: Row, *, fields: Fields) -> tuple[Document, bool]:

@@ -9,12 +9,12 @@ import xxhash
 from jaxtyping import Float
 
 from tda.artifacts import only_run, remove, whole
-from tda.bank import Bank, save_bank
+from tda.bank import Bank, load_bank, save_bank
 from tda.bank_data import BankData, check_data
 from tda.bank_training import FULL, SUBSET, Job, models_at_once, outcomes
 from tda.counterfactual import random_halves
 from tda.parallel import worker_pool
-from tda.recipe import Recipe
+from tda.recipe import Recipe, parse_recipe
 
 FULL_RUNS = 10  # on all rows, as the shared banks have
 
@@ -30,10 +30,11 @@ def make_bank(
     """The bank of `num_subsets` random halves of the rows, each retrained `repeats` times; written to `out`.
 
     What is finished is kept in the folder `OUT.runs` until the bank is whole: a run that was killed goes on from there and makes
-    the same bytes, whatever the number of workers.
+    the same bytes, whatever the number of workers. A bank that was finished is not made again.
 
     Raises:
-        ValueError: the data do not fit the recipe, there are too few rows or subsets, or a training diverges.
+        ValueError: the data do not fit the recipe, there are too few rows or subsets, a training diverges, or `out` is another
+            bank.
     """
     check_data(data, recipe, origin=str(out))
     if num_subsets < 3 or repeats < 1 or data.num_rows < 2:
@@ -42,6 +43,8 @@ def make_bank(
             "rank correlation of fewer says nothing), 1 repeat and 2 rows"
         )
     masks = half_subsets(data.num_rows, num_subsets, seed=seed)
+    if out.exists():
+        return _finished(out, data, recipe, masks=masks, repeats=repeats)
     jobs = [
         Job(np.flatnonzero(mask), (SUBSET, seed, subset * repeats + repeat))
         for subset, mask in enumerate(masks)
@@ -54,6 +57,32 @@ def make_bank(
     bank = Bank(masks, measurements.astype(np.float32), values[-FULL_RUNS:].astype(np.float32), data, recipe)
     save_bank(out, bank)
     remove(folder)
+    return bank
+
+
+def _finished(out: Path, data: BankData, recipe: Recipe, *, masks: np.ndarray, repeats: int) -> Bank:
+    """The bank in `out`, if it is the one of these data and settings.
+
+    Raises:
+        ValueError: it is another bank, or none.
+    """
+    try:
+        bank = load_bank(out)
+    except ValueError as error:
+        raise ValueError(
+            f"{out}: is no bank, and would be overwritten; give another name for the bank, or remove {out}"
+        ) from error
+    read = parse_recipe(recipe.to_json(), origin=str(out))
+    same_extras = bank.data.extras.keys() == data.extras.keys() and all(
+        np.array_equal(bank.data.extras[name], values) for name, values in data.extras.items()
+    )
+    same_settings = np.array_equal(bank.masks, masks) and bank.measurements.shape[1] == repeats
+    if not (same_settings and same_extras and bank.data.digest(bank.recipe) == data.digest(read)):
+        subsets, held, _queries = bank.measurements.shape
+        raise ValueError(
+            f"{out}: is another bank ({subsets} subsets x {held} repeats of {bank.data.num_rows} rows), of other data, recipe or "
+            f"settings than asked for; give another name for the new one, or remove {out}"
+        )
     return bank
 
 

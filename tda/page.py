@@ -33,6 +33,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters |= {
         "number": charts.number,
+        "scaled": charts.scaled,
         "signed": signed,
         "percent": percent,
         "visible": visible,

@@ -19,6 +19,13 @@ from tda.tokens import Encoded, Row, encode_documents, load_tokenizer, train_tok
 BUILTIN = "builtin:python"
 BUILT_HERE = "llama"  # train.model of a model that is built here, whose tokenizer is trained here too
 
+REMOVED = {  # what cleaning counts, in words
+    "too_short": "too short",
+    "exact_duplicates": "exact duplicates",
+    "near_duplicates": "near duplicates",
+    "targets_too_short_or_duplicate": "too short or duplicate own targets",
+}
+
 SCHEMA = {
     "id": pl.String,
     "source": pl.String,
@@ -67,6 +74,7 @@ def prepare_documents(config: Prepare, *, model: str, workers: int = 1) -> Prepa
         num_heldout=config.num_heldout,
         max_documents=config.max_documents,
         seed=config.seed,
+        removed=", ".join(f"{cleaned[key]} {words}" for key, words in REMOVED.items() if cleaned[key]),
     )
     damaged, truth = damage_documents(split.training, share=config.damage, seed=config.seed)
 

@@ -6,6 +6,7 @@ The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read as a row come
 
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".jsonl.gz", ".ndj
 MAX_LINE = 64 * 2**20  # bytes of a line of JSON, characters of a field of CSV
 EXCERPT = 200  # characters of a malformed row that are kept
 ROWS_AT_ONCE = 1024  # of Parquet
+PIECE = 4096  # bytes of a packed file
+GZIP = 31  # zlib's number of the format
 
 
 class Malformed(NamedTuple):
@@ -27,7 +30,7 @@ class Malformed(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row and its place; `line` counts from 1: lines of a text file, rows of a table."""
+    """A row and its place; `line` counts from 1: the row's first line in a text file, rows of a table."""
 
     file: str
     line: int
@@ -75,11 +78,53 @@ def _file(path: Path) -> Iterator[Row]:
         return
     read = _csv if name.endswith(".csv") else _json_lines
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+        with _opened(path) as stream:
             for line, value in read(stream):
                 yield Row(path.name, line, value)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}; expected a whole gzip file; copy it again") from error
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+
+
+def neighbouring_form(path: Path) -> str:
+    """What a text file whose rows cannot be read seems to be instead, and what was expected; empty if nothing is to be said."""
+    if not path.is_file() or not path.name.endswith(SUFFIXES) or path.name.endswith(".parquet"):
+        return ""
+    with _opened(path) as stream:
+        head = stream.read(PIECE).removeprefix(b"\xef\xbb\xbf").lstrip(b" \r\n")
+    if not path.name.removesuffix(".gz").endswith(".csv"):
+        return "seems to be one JSON array: expected one object a line; write it so" if head.startswith(b"[") else ""
+    header = head.partition(b"\n")[0]
+    for name, separator in (("semicolons", b";"), ("tabs", b"\t")):
+        if separator in header and b"," not in header:
+            return f"seems to separate its columns by {name}: expected commas; write it so"
+    return ""
+
+
+def share_of_bytes(path: Path, number: int) -> float:
+    """The share of a text file that its first `number` rows take, of its packed bytes if it is packed."""
+    read = _csv if path.name.removesuffix(".gz").endswith(".csv") else _json_lines
+    with _opened(path) as stream:
+        for _ in itertools.islice(read(stream), number):
+            pass
+        end = stream.tell()
+    return (_packed(path, end) if path.name.endswith(".gz") else end) / path.stat().st_size
+
+
+def _packed(path: Path, num_bytes: int) -> float:
+    """Packed bytes that the first `num_bytes` of a gzip file's content take."""
+    unpacker, unpacked = zlib.decompressobj(wbits=GZIP), 0
+    with path.open("rb") as file:
+        while unpacked < num_bytes and (piece := file.read(PIECE)):
+            while piece:
+                unpacked += len(unpacker.decompress(piece))
+                piece = unpacker.unused_data.lstrip(b"\0")  # the next of several members, or padding
+                if unpacker.eof:
+                    unpacker = zlib.decompressobj(wbits=GZIP)
+        return file.tell() * min(1.0, num_bytes / max(1, unpacked))
 
 
 def _json_lines(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
@@ -109,23 +154,24 @@ def _decoded(raw: bytes) -> str:
 
 
 def _csv(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
-    """Rows below the header; the line is the row's last. Bytes that are not UTF-8 become surrogates, refused later."""
+    """Rows below the header; the line is the row's first. Bytes that are not UTF-8 become surrogates, refused later."""
     limit = csv.field_size_limit(MAX_LINE)
     try:
         reader = csv.reader(raw.decode("utf-8", "surrogateescape") for raw in stream)
         header = [name.removeprefix("\ufeff") for name in next(reader, [])]
         while True:
+            line = reader.line_num + 1
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, Malformed("not CSV", str(error))
+                yield line, Malformed("not CSV", str(error))
                 continue
             if values and len(values) != len(header):
-                yield reader.line_num, Malformed("not as many columns as the header", str(values)[:EXCERPT])
+                yield line, Malformed("not as many columns as the header", str(values)[:EXCERPT])
             elif values:
-                yield reader.line_num, dict(zip(header, values, strict=True))
+                yield line, dict(zip(header, values, strict=True))
     finally:
         csv.field_size_limit(limit)
 

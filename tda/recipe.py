@@ -1,7 +1,7 @@
 """What the models of a bank are and how they are trained and measured: its recipe, read strictly from JSON."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ MEASUREMENTS = {  # of each loss
     "squared_error": ("absolute_error", "squared_error"),
     "causal_lm": ("loss", "margin", "log_probability"),
 }
+OPTIMIZERS = ("sgd", "adamw")
+KINDS = ("mlp", "causal_lm")
+DIMS = "two or more whole numbers from 1: inputs, widths, outputs"
+ABOVE_ZERO, COUNT, PATH = "a number above 0", "a whole number from 1", "a path"
 NOTES = ("name", "description", "source", "notes")  # words for people, which change nothing
 
 
@@ -96,28 +100,60 @@ def parse_recipe(text: str, *, origin: str) -> Recipe:
         raise ValueError(f"{origin}: the recipe is not JSON: {error}; expected a JSON object as a string") from error
     reader = _Reader(origin)
     values = reader.section(values, "recipe", known=[field.name for field in fields(Recipe)] + list(NOTES))
+    _refuse_missing(values, origin=origin)
     loss = reader.one_of(values, "recipe", "loss", tuple(MEASUREMENTS))
     measurement = reader.one_of(values, "recipe", "measurement", MEASUREMENTS[loss])
-    model = _model(reader, reader.value(values, "recipe", "model"))
+    model = _model(reader, values["model"])
     if (model.kind == "causal_lm") != (loss == "causal_lm"):
         raise ValueError(
             f"{origin}: recipe.loss: {loss} does not go with recipe.model.kind {model.kind}; causal_lm needs causal_lm"
         )
-    training = _training(reader, reader.value(values, "recipe", "training"))
+    training = _training(reader, values["training"])
     preprocessing = _preprocessing(reader, values.get("preprocessing") or {})
     return Recipe(model, training, loss, measurement, preprocessing)
 
 
+def _refuse_missing(values: dict, *, origin: str) -> None:
+    """Tell all keys at once that have no default and are not there."""
+    of_loss = MEASUREMENTS.get(str(values.get("loss")), dict.fromkeys(word for words in MEASUREMENTS.values() for word in words))
+    model = values.get("model", {})
+    of_model = {"path": PATH} if isinstance(model, dict) and model.get("kind") == "causal_lm" else {"dims": DIMS}
+    needed = {
+        "model": {"kind": _one_of(KINDS), **of_model},
+        "training": {"optimizer": _one_of(OPTIMIZERS), "lr": ABOVE_ZERO, "batch": COUNT, "epochs": COUNT},
+    }
+    missing = [
+        f"{name}.{key} ({expected})"
+        for name, keys in needed.items()
+        if isinstance(section := values.get(name, {}), dict)
+        for key, expected in keys.items()
+        if section.get(key) is None
+    ]
+    if "loss" not in values:
+        missing.append(f"loss ({_one_of(MEASUREMENTS)})")
+    if "measurement" not in values:
+        missing.append(f"measurement ({_one_of(of_loss)}{'' if 'loss' in values else ', by the loss'})")
+    if missing:
+        raise ValueError(
+            f"{origin}: missing in the recipe: {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'}, "
+            "`tda evaluate bank --help` has an example"
+        )
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return f"one of {', '.join(words)}"
+
+
 def _model(reader: "_Reader", values: Any) -> MLPModel | CausalLMModel:
     at = "recipe.model"
-    kind = reader.one_of(reader.section(values, at), at, "kind", ("mlp", "causal_lm"))
+    kind = reader.one_of(reader.section(values, at), at, "kind", KINDS)
     if kind == "causal_lm":
         values = reader.section(values, at, known=["kind", "path"])
-        return CausalLMModel(reader.checked(values, at, "path", lambda path: isinstance(path, str) and path != "", "a path"))
+        return CausalLMModel(reader.checked(values, at, "path", lambda path: isinstance(path, str) and path != "", PATH))
     values = reader.section(values, at, known=["kind", "dims", "activation", "init"])
-    dims = reader.checked(values, at, "dims", _is_dims, "two or more whole numbers from 1: inputs, widths, outputs")
-    activation = "identity" if len(dims) == 2 and "activation" not in values else None
-    activation = activation or reader.one_of(values, at, "activation", ACTIVATIONS)
+    dims = reader.checked(values, at, "dims", _is_dims, DIMS)
+    usual = "identity" if len(dims) == 2 else MLPModel.activation  # of one layer there is nothing between
+    activation = reader.one_of({"activation": usual} | values, at, "activation", ACTIVATIONS)
     init = reader.one_of({"init": INIT} | values, at, "init", (INIT,))
     return MLPModel(tuple(dims), activation, init)
 
@@ -126,14 +162,14 @@ def _training(reader: "_Reader", values: Any) -> Training:
     at = "recipe.training"
     values = reader.section(values, at, known=[field.name for field in fields(Training)] + ["schedule"])
     reader.one_of({"schedule": "constant"} | values, at, "schedule", ("constant",))
-    optimizer = reader.one_of(values, at, "optimizer", ("sgd", "adamw"))
+    optimizer = reader.one_of(values, at, "optimizer", OPTIMIZERS)
     values = {field.name: field.default for field in fields(Training) if field.name in _OPTIONAL} | values
     numbers = {
         name: reader.checked(values, at, name, check, expected)
         for name, (check, expected) in {
-            "lr": (_is_number(lambda value: value > 0), "a number above 0"),
-            "batch": (_is_count, "a whole number from 1"),
-            "epochs": (_is_count, "a whole number from 1"),
+            "lr": (_is_number(lambda value: value > 0), ABOVE_ZERO),
+            "batch": (_is_count, COUNT),
+            "epochs": (_is_count, COUNT),
             "momentum": (_is_number(lambda value: 0 <= value < 1), "a number from 0 to below 1"),
             "betas": (_is_betas, "two numbers from 0 to below 1"),
             "eps": (_is_number(lambda value: value >= 0), "a number from 0"),
@@ -176,18 +212,13 @@ class _Reader:
             raise ValueError(f"{self.origin}: {at}: unknown key {', '.join(unknown)}; known here: {', '.join(known or ())}")
         return {key: value for key, value in values.items() if value is not None}
 
-    def value(self, values: dict, at: str, key: str) -> Any:
-        if key not in values:
-            raise ValueError(f"{self.origin}: {at}.{key} is missing; got {', '.join(values) or 'nothing'}; add it to the recipe")
-        return values[key]
-
     def one_of(self, values: dict, at: str, key: str, known: Sequence[str]) -> str:
-        if (value := self.value(values, at, key)) not in known:
-            raise ValueError(f"{self.origin}: {at}.{key}: expected one of {', '.join(known)}; got {value!r}")
+        if (value := values[key]) not in known:
+            raise ValueError(f"{self.origin}: {at}.{key}: expected {_one_of(known)}; got {value!r}")
         return value
 
     def checked(self, values: dict, at: str, key: str, check: Callable[[Any], bool], expected: str) -> Any:
-        if not check(value := self.value(values, at, key)):
+        if not check(value := values[key]):
             raise ValueError(f"{self.origin}: {at}.{key}: expected {expected}; got {value!r}")
         return value
 

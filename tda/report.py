@@ -7,7 +7,7 @@ import polars as pl
 
 from tda import charts
 from tda.artifacts import Workspace, existing, read_json, read_table
-from tda.charts import number, power_of_ten, times_power
+from tda.charts import number, power_of_ten, scaled, times_power
 from tda.config import Config
 from tda.page import both, document_card, flat, label, percent, render, signed, visible
 from tda.provenance import provenance
@@ -54,7 +54,8 @@ def build_report(workspace: Workspace, config: Config) -> str:
     counts = read_json(workspace.curation, stage="curation")
     training = read_json(workspace.training, stage="train")
     histogram = _plot(workspace, "scores_by_source")
-    exponent = power_of_ten(manifest["score"].to_numpy())
+    examples, exponent = _examples(workspace, config, manifest)
+    axis = power_of_ten([*histogram["low"], *histogram["high"]])
     return render(
         "report.html.j2",
         title=config.report.title,
@@ -66,14 +67,14 @@ def build_report(workspace: Workspace, config: Config) -> str:
         tiles=_tiles(verdict, metrics, counts, config),
         retraining=_retraining(workspace, verdict),
         curves=_training_curves(workspace, training),
-        histogram=both(lambda width: charts.histogram(histogram, width=width, unit=times_power(exponent), exponent=exponent))
+        histogram=both(lambda width: charts.histogram(histogram, width=width, unit=times_power(axis), exponent=axis))
         if len(histogram)
         else "",
         sources=_sources(counts, histogram),
         outcomes=[
             (name, count, OUTCOMES.get(name, "")) for name, count in sorted(counts["outcomes"].items(), key=lambda item: -item[1])
         ],
-        examples=_examples(workspace, config, manifest, exponent),
+        examples=examples,
         score_unit=times_power(exponent),
         damage=_damage(workspace, metrics, config),
         preparation=_preparation(read_json(workspace.preparation, stage="prepare")),
@@ -198,13 +199,14 @@ def _sources(counts: dict, histogram: pl.DataFrame) -> list[dict]:
     return rows
 
 
-def _examples(workspace: Workspace, config: Config, manifest: pl.DataFrame, exponent: int) -> list[dict]:
-    """The most harmful and the most helpful documents with their text."""
+def _examples(workspace: Workspace, config: Config, manifest: pl.DataFrame) -> tuple[list[dict], int]:
+    """The most harmful and the most helpful documents with their text, and the power of ten in which their scores are shown."""
     ranked = manifest.filter(pl.col("score").is_finite()).sort("rank")
     count = config.report.num_examples
     harmful = ranked.filter(pl.col("score") < 0).head(count)
     helpful = ranked.filter(pl.col("score") > 0).tail(count).reverse()
     chosen = pl.concat([harmful, helpful])["doc_id"]
+    exponent = power_of_ten(pl.concat([harmful, helpful])["score"].to_numpy())
     texts = dict(
         read_table(workspace.documents, stage="prepare", columns=["id", "text"])
         .filter(pl.col("id").is_in(chosen.implode()))
@@ -219,15 +221,16 @@ def _examples(workspace: Workspace, config: Config, manifest: pl.DataFrame, expo
         return [
             row
             | document_card(texts.get(row["doc_id"], ""))
-            | {"shown_score": number(row["score"] / 10.0**exponent, 3, sign=True), "planted": planted.get(row["doc_id"], "")}
+            | {"shown_score": scaled(row["score"], exponent, sign=True), "planted": planted.get(row["doc_id"], "")}
             | {"targets": affected.get(row["doc_id"])}
             for row in part.to_dicts()
         ]
 
-    return [
+    groups = [
         {"id": "harmful", "title": "Most harmful documents", "verb": "harms", "cards": cards(harmful)},
         {"id": "helpful", "title": "Most helpful documents", "verb": "helps", "cards": cards(helpful)},
     ]
+    return groups, exponent
 
 
 def _affected_targets(workspace: Workspace, config: Config, doc_ids: pl.Series) -> dict[str, dict]:

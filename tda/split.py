@@ -115,22 +115,25 @@ def split_documents(
     num_heldout: int,
     max_documents: int,
     seed: int,
+    removed: str = "",
 ) -> Split:
     """A split in fair shares of the sources: targets of `targets`, or else of `target_sources`; held-out documents of the
     general part, or of all where there is none; training documents of the rest, at most `max_documents` unless that is 0.
+    `removed` says in messages what cleaning took out.
 
     Raises:
         ValueError: there are too few.
     """
     pool = targets or [one for one in documents if one.source in target_sources]
     drawn, left = _draw(pool, num_targets, salt=f"targets/{seed}")
-    _check_enough(len(drawn), num_targets, setting="num_targets")
+    possible = len(drawn) if targets else min(len(drawn), len(documents) - num_heldout - 1)  # so that some are left to train on
+    _check_enough(len(drawn), num_targets, setting="num_targets", possible=possible, least=len(HALVES), removed=removed)
     halves = {one.id: HALVES[place % 2] for place, one in enumerate(drawn)}
     rest = list(documents) if targets else [one for one in documents if one.source not in target_sources] + left
 
     general = [one for one in rest if one.part == "general"] or rest
     heldout, _ = _draw(general, num_heldout, salt=f"heldout/{seed}")
-    _check_enough(len(heldout), num_heldout, setting="num_heldout")
+    _check_enough(len(heldout), num_heldout, setting="num_heldout", possible=len(heldout) - 1, least=1, removed=removed)
     held = {one.id for one in heldout}
     rest = [one for one in rest if one.id not in held]
     if not rest:
@@ -153,12 +156,11 @@ def _draw(documents: Iterable[Document], count: int, *, salt: str) -> tuple[list
     return draw(documents, count, key=lambda one: one.id, source=lambda one: one.source, salt=salt)
 
 
-def _check_enough(found: int, wanted: int, *, setting: str) -> None:
+def _check_enough(found: int, wanted: int, *, setting: str, possible: int, least: int, removed: str) -> None:
     if found < wanted:
-        raise ValueError(
-            f"prepare.{setting}: too few documents: expected {wanted}, got {found} after cleaning; set it to {found} at most, "
-            "or add documents"
-        )
+        cleaning = f"cleaning, which took out {removed}" if removed else "cleaning"
+        advice = f"set it to {possible} at most, or add documents" if possible >= least else "add documents"
+        raise ValueError(f"prepare.{setting}: too few documents: expected {wanted}, got {found} after {cleaning}; {advice}")
 
 
 def _sorted(documents: Iterable[Document]) -> list[Document]:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,16 +89,18 @@ class GradientTable:
 
     def present(self) -> dict[str, str]:
         """Content hash of every document that has a row, by its id."""
-        return _contents(self._dataset)
+        with self._readable():
+            return _contents(self._dataset)
 
     def sealed(self) -> dict[str, str]:
         """Content hash of every document that had a row when the table was sealed last, by its id; empty if it never was."""
         import lance
 
-        versions = [tag["version"] for tag in self._dataset.tags.list().values()]
-        if not versions:
-            return {}
-        return _contents(lance.dataset(table_path(self.store, self.name), version=max(versions)))
+        with self._readable():
+            versions = [tag["version"] for tag in self._dataset.tags.list().values()]
+            if not versions:
+                return {}
+            return _contents(lance.dataset(table_path(self.store, self.name), version=max(versions)))
 
     def check_space(self, num_rows: int) -> None:
         """Refuse to start on `num_rows` more rows if the disk cannot hold them.
@@ -262,11 +265,12 @@ class GradientTable:
         places, positions = self.places(doc_ids)
         for start in range(0, len(places), block_rows):
             block = slice(start, start + block_rows)
-            yield positions[block], self._dataset.take(places[block], columns=columns)
+            yield positions[block], self._take(places[block], columns)
 
     def places(self, doc_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Places in the table of the rows of `doc_ids`, ascending, and the position in `doc_ids` of each."""
-        ids = self._dataset.to_table(columns=["doc_id"])["doc_id"]
+        with self._readable():
+            ids = self._dataset.to_table(columns=["doc_id"])["doc_id"]
         found = pc.index_in(ids, value_set=pa.array(doc_ids, pa.string())).combine_chunks()
         places = np.flatnonzero(found.is_valid().to_numpy(zero_copy_only=False))
         positions = found.drop_null().to_numpy()
@@ -275,14 +279,15 @@ class GradientTable:
 
     def rows_at(self, places: np.ndarray, doc_ids: Sequence[str]) -> tuple[np.ndarray, Tensor]:
         """Scales and stored vectors of the rows at ascending `places`, which must be those of `doc_ids` (ValueError)."""
-        block = self._dataset.take(places, columns=["doc_id", "scale", "vector"])
+        block = self._take(places, ["doc_id", "scale", "vector"])
         if block["doc_id"].to_pylist() != list(doc_ids):
             raise ValueError(f"{self.name}: other documents lie at these places than expected; run `tda verify`")
         return number(block, "scale"), stored_vectors(block)
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, of all rows in the order of the table."""
-        return number(self._dataset.to_table(columns=[name]), name)
+        with self._readable():
+            return number(self._dataset.to_table(columns=[name]), name)
 
     def buffer(self, *, pinned: bool = False) -> Tensor:
         """Zeros for a block of stored vectors, (rows, width)."""
@@ -301,7 +306,7 @@ class GradientTable:
                 if files and len(places) == places[-1] - places[0] + 1:
                     files.read(int(places[0]), buffer.view(torch.uint8).numpy()[: len(places)])
                 else:
-                    buffer[: len(places)] = stored_vectors(self._dataset.take(places, columns=["vector"]))
+                    buffer[: len(places)] = stored_vectors(self._take(places, ["vector"]))
 
             yield read
 
@@ -321,7 +326,9 @@ class GradientTable:
                 return []
             path = table_path(self.store, self.name) / "data" / files[0].path
             column = files[0].column_indices[files[0].fields.index(field)]
-            for page in LanceFileReader(str(path)).metadata().columns[column].pages:
+            with self._readable():
+                pages = LanceFileReader(str(path)).metadata().columns[column].pages
+            for page in pages:
                 if len(page.buffers) != 1 or page.buffers[0].size % self.row_bytes:
                     return []
                 found.append(Extent(path, page.buffers[0].position, first, page.buffers[0].size // self.row_bytes))
@@ -333,12 +340,19 @@ class GradientTable:
         ends = np.array([[extent.first, extent.first + extent.num_rows - 1] for extent in some], np.int64).flatten()
         if not len(ends):
             return True
-        expected = stored_vectors(self._dataset.take(ends, columns=["vector"])).view(torch.uint8).numpy()
+        expected = stored_vectors(self._take(ends, ["vector"])).view(torch.uint8).numpy()
         rows = np.empty_like(expected)
         with RowFiles(extents, row_bytes=self.row_bytes) as files:
             for place, row in zip(ends.tolist(), rows, strict=True):
                 files.read(place, row[None])
         return np.array_equal(rows, expected)
+
+    def _take(self, places: np.ndarray, columns: list[str]) -> pa.Table:
+        with self._readable():
+            return self._dataset.take(places, columns=columns)
+
+    def _readable(self) -> contextlib.AbstractContextManager[None]:
+        return _readable(table_path(self.store, self.name), self.checkpoint)
 
     def _check_found(self, doc_ids: Sequence[str], positions: np.ndarray) -> None:
         rows = np.bincount(positions, minlength=len(doc_ids))
@@ -371,10 +385,12 @@ def open_table(store: Path, *, checkpoint: int, segment: int, identity: dict[str
         store.mkdir(parents=True, exist_ok=True)
         with _clear_when_full(store, name):
             lancedb.connect(store).create_table(name, schema=schema(identity))
-    dataset = lance.dataset(path)
+    with _readable(path, checkpoint):
+        dataset = lance.dataset(path)
     _check_identity(path, checkpoint, stored=_stored_identity(dataset), expected=identity)
-    _clean(dataset)
-    _drop_doubles(dataset)
+    with _readable(path, checkpoint):
+        _clean(dataset)
+        _drop_doubles(dataset)
     return GradientTable(store, name, identity, dataset)
 
 
@@ -394,10 +410,13 @@ def open_sealed(store: Path, manifest: dict[str, Any], *, identity: dict[str, An
     path = table_path(store, name)
     if not _is_table(path):
         raise FileNotFoundError(f"{path} is missing; {remedy}")
-    dataset = lance.dataset(path)
-    if tag not in dataset.tags.list():
+    with _readable(path, checkpoint):
+        dataset = lance.dataset(path)
+        tags = dataset.tags.list()
+    if tag not in tags:
         raise FileNotFoundError(f"{path} has no version {tag}, which the manifest names; {remedy}")
-    dataset = lance.dataset(path, version=tag)
+    with _readable(path, checkpoint):
+        dataset = lance.dataset(path, version=tag)
     if dataset.count_rows() < manifest["rows"]:
         raise FileNotFoundError(f"{path} has {dataset.count_rows()} rows at {tag}, the manifest {manifest['rows']}; {remedy}")
     stored = _stored_identity(dataset)
@@ -441,7 +460,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# versions and left-overs
+# damage, versions and left-overs
+
+
+@contextlib.contextmanager
+def _readable(path: Path, checkpoint: int) -> Iterator[None]:
+    """Make Lance's error of a file that it cannot read one that says what to do; what the system refuses is no damage."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        system = re.search(r"\(os error (\d+)\)", str(error))
+        if system and int(system.group(1)) != errno.ENOENT:
+            raise
+        reason = re.sub(r"External error: |LanceError\(\w+\): |, /\S+\.rs:\d+:\d+", "", str(error).partition("\n")[0])
+        raise ValueError(
+            f"{path} is damaged: its rows cannot be read ({reason}); delete {path} and run "
+            f"`dvc repro --force gradients@{checkpoint}`"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -33,35 +33,33 @@ class Variant:
 
 
 def _variant(method: str, settings: dict[str, object]) -> Variant:
-    return Variant(":".join([method, *(f"{name}={value}" for name, value in settings.items())]), method, settings)
+    return Variant(":".join([method, *(f"{name}={_as_given(value)}" for name, value in settings.items())]), method, settings)
+
+
+def _as_given(value: object) -> str:
+    """A setting's value as one would write it, so that a part has the name of the same method asked for by itself."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def parse_variant(text: str) -> Variant:
     """The variant that `text` names.
 
     Raises:
-        ValueError: there is no such method or setting.
+        ValueError: there is no such method or setting, or a setting has a value that no method takes.
     """
     from tda.fitted import Settings
     from tda.methods import named
 
     method, *pairs = text.split(":")
     named(method, where="--methods")
-    settings = {}
+    given = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--methods: {text}: expected METHOD:SETTING=VALUE; got {pair!r}")
-        settings[name] = _parsed(value)
-    if chosen := Settings.of(**settings).prior:
-        named(str(chosen), where=f"--methods: {text}: prior")
+        given[name] = value
+    chosen = Settings.of(origin=f"--methods: {text}", **given)
+    settings = {name: getattr(chosen, name) for name in given}
+    if chosen.prior:
+        named(chosen.prior, where=f"--methods: {text}: prior")
     return Variant(text, method, settings)
-
-
-def _parsed(value: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value

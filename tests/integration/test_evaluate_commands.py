@@ -1,6 +1,7 @@
 """`tda evaluate ...` on tiny banks: what it prints and writes, what it keeps, what it refuses."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tda import builtin_bank, cli
 from tda.attribute import attribute
 from tda.bank import load_bank, save_bank
 from tda.bank_data import BankData
+from tda.bank_help import EXAMPLE
 from tda.bank_scores import RunStore
 from tda.bank_training import retrained_by_recipe, train_run
 from tda.corpus import Text
@@ -22,6 +24,18 @@ from tests.banks import data_for, fake_bank, recipe
 
 CLASSES = {"training": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.5, "batch": 8, "epochs": 8}}
 VALUES = {"loss": "squared_error", "measurement": "absolute_error", "model__dims": [3, 8, 1]}
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +242,77 @@ def test_a_bank_from_rows_and_a_recipe(folder, capsys):
     assert "none.npz: no such file" in capsys.readouterr().err
 
 
+def test_the_example_of_the_help_makes_a_bank(folder, capsys):
+    random = np.random.default_rng(0)
+    sizes = {"x_train": (30, 20), "x_query": (4, 20)}
+    arrays = {name: random.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    arrays |= {"y_train": random.integers(0, 3, 30), "y_query": random.integers(0, 3, 4)}
+    np.savez("rows.npz", **arrays, recipe=EXAMPLE)
+    assert cli.main(["evaluate", "bank", "rows.npz", "bank.npz", "--subsets", "3", "--repeats", "1"]) == cli.OK
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "bank", "--help"])
+    assert EXAMPLE in capsys.readouterr().out
+
+
+def test_a_finished_bank_of_other_data_is_not_overwritten(folder, capsys):
+    made = recipe(**CLASSES)
+    data = data_for(made)
+    rows = {"x_train": data.x_train, "y_train": data.y_train, "x_query": data.x_query, "y_query": data.y_query}
+    np.savez("rows.npz", **rows, recipe=made.to_json())
+    np.savez("others.npz", **rows | {"x_train": data.x_train + 1}, recipe=made.to_json())
+    np.savez("flipped.npz", **rows, flipped=np.arange(2), recipe=made.to_json())
+    np.savez("recipe.npz", **rows, recipe=recipe(**CLASSES, measurement="loss").to_json())
+    usual = ["--subsets", "4", "--repeats", "2"]
+    assert cli.main(["evaluate", "bank", "rows.npz", "bank.npz", *usual]) == cli.OK
+    before = (folder / "bank.npz").read_bytes()
+    for name, settings in (
+        ("others", usual),
+        ("flipped", usual),
+        ("recipe", usual),
+        ("rows", ["--subsets", "5", "--repeats", "2"]),
+        ("rows", ["--subsets", "4", "--repeats", "1"]),
+        ("rows", [*usual, "--seed", "1"]),
+    ):
+        assert cli.main(["evaluate", "bank", f"{name}.npz", "bank.npz", *settings]) == cli.FAILED
+        error = capsys.readouterr().err
+        assert "bank.npz: is another bank (4 subsets x 2 repeats of 21 rows), of other data, recipe or settings" in error
+        assert "give another name for the new one, or remove bank.npz" in error
+        assert (folder / "bank.npz").read_bytes() == before
+    assert cli.main(["evaluate", "bank", "rows.npz", "bank.npz", *usual]) == cli.OK
+    assert (folder / "bank.npz").read_bytes() == before
+    assert cli.main(["evaluate", "bank", "rows.npz", "rows.npz", *usual]) == cli.FAILED
+    assert "rows.npz: is no bank, and would be overwritten; give another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"garbage", "not an .npz file"),
+        (npy(np.zeros(3)), "not an .npz file"),
+        (npz(x_train=np.array([object()])), "x_train is not an array of numbers or text"),
+        (npz(x_train=np.zeros(1000))[:500], "not an .npz file"),
+    ],
+    ids=["garbage", "npy", "objects", "truncated"],
+)
+def test_data_that_are_no_arrays_are_refused_in_our_words(folder, content, reason, capsys):
+    (folder / "rows.npz").write_bytes(content)
+    assert cli.main(["evaluate", "bank", "rows.npz", "bank.npz"]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert f"tda evaluate: rows.npz: {reason}; expected an .npz file of the arrays x_train, y_train, x_query," in error
+    assert "Traceback" not in error
+    assert cli.main(["evaluate", "lds", "--bank", "rows.npz"]) == cli.FAILED
+    assert f"rows.npz: not a bank: {reason}; expected an .npz file of plain arrays" in capsys.readouterr().err
+
+
+def test_wrong_data_are_named_by_their_own_file(folder, capsys):
+    made = recipe(**CLASSES)
+    data = data_for(made)
+    x = np.zeros((21, 6), np.float32)
+    np.savez("rows.npz", x_train=x, y_train=data.y_train, x_query=x[:5], y_query=data.y_query, recipe=made.to_json())
+    assert cli.main(["evaluate", "bank", "rows.npz", "bank.npz"]) == cli.FAILED
+    assert "tda evaluate: rows.npz: x_train has 6 features; expected 3" in capsys.readouterr().err
+
+
 def test_without_a_bank_a_small_one_is_made_once(folder, capsys, monkeypatch):
     random = np.random.default_rng(0)
     vocabulary = np.array([f"{a}{b}" for a in "abcdefghijkl" for b in "abcdefghijkl"])
@@ -295,3 +380,17 @@ def test_wrong_usage(arguments, capsys):
         cli.main(["evaluate", *arguments])
     assert stop.value.code == cli.USAGE
     assert "usage: tda evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["removal", "--remove", "a"], "--remove: expected whole numbers from 1, separated by commas, as 10,50; got a"),
+        (["removal", "--remove", "5,0"], "--remove: expected whole numbers from 1, separated by commas, as 10,50; got 5,0"),
+        (["lds", "--seeds", "two"], "--seeds: expected a whole number from 1; got two"),
+    ],
+)
+def test_a_wrong_number_is_said_in_words(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", *arguments])
+    assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,8 +238,8 @@ def test_a_tokenizer_that_is_given_is_used(base, tmp_path):
         ({"general_sources": ["omega"]}, r"prepare.general_sources: no documents of omega"),
         ({"target_sources": []}, r"prepare: no targets: expected a file in prepare.targets, or sources"),
         ({"target_sources": ["alpha"]}, r"prepare.target_sources: alpha is in the general part"),
-        ({"num_targets": 61}, r"prepare.num_targets: too few documents: expected 61, got 60 after cleaning"),
-        ({"num_heldout": 121}, r"prepare.num_heldout: too few documents: expected 121, got 120"),
+        ({"num_targets": 61}, r"num_targets: too few documents: expected 61, got 60 after cleaning; set it to 60 at most"),
+        ({"num_heldout": 121}, r"num_heldout: too few documents: expected 121, got 120 .*; set it to 119 at most"),
         ({"min_characters": 5000}, r"prepare.documents: no document of .* is left: expected some of at least 5000 characters"),
         ({"general_sources": [], "target_sources": ["alpha", "beta", "gamma", "delta"], "num_targets": 200, "num_heldout": 40},
          r"no training documents are left beside 200 targets and 40 held-out documents"),
@@ -247,6 +248,47 @@ def test_a_tokenizer_that_is_given_is_used(base, tmp_path):
 def test_what_does_not_fit_is_refused(base, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(base, **changes)
+
+
+def test_what_cleaning_took_out_is_said_where_too_few_are_left(base, tmp_path):
+    path = tmp_path / "same.jsonl"
+    pairs = [("s", sentence(1))] * 30 + [("t", sentence(2))] * 9 + [("t", "-")]
+    rows = [{"id": f"{place}", "source": source, "text": text} for place, (source, text) in enumerate(pairs)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"documents": str(path), "general_sources": [], "target_sources": ["s", "t"], "num_targets": 8}
+    with pytest.raises(ValueError) as error:
+        prepare(base, **own)
+    assert str(error.value) == (
+        "prepare.num_targets: too few documents: expected 8, got 2 after cleaning, which took out 1 too short, "
+        "37 exact duplicates; add documents"
+    )
+    with pytest.raises(ValueError, match=r"num_targets: too few documents: expected 8, got 1 .* duplicates; add documents$"):
+        prepare(base, **own | {"target_sources": ["t"]})
+    with pytest.raises(ValueError, match=r"num_heldout: too few documents: expected 10, got 1 .* duplicates; add documents$"):
+        prepare(base, **own | {"targets": targets_file(tmp_path, 8), "general_sources": ["s"]})
+    with pytest.raises(
+        ValueError, match=r"num_targets: .* got 3 after cleaning, which took out .*, 1 too short or duplicate own targets; set it"
+    ):
+        prepare(base, **own | {"targets": targets_file(tmp_path, 3, more=1)})
+
+
+def targets_file(folder: Path, number: int, more: int = 0) -> str:
+    """A file of as many targets, and `more` that are too short."""
+    rows = [{"id": f"t{place}", "text": sentence(f"t{place}")} for place in range(number)]
+    rows += [{"id": f"u{place}", "text": "-"} for place in range(more)]
+    path = folder / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(("setting", "wanted"), [("num_targets", 1000), ("num_heldout", 1000)])
+@pytest.mark.parametrize("general", [[], ["alpha", "beta"]])
+def test_the_value_that_is_advised_is_accepted(base, setting, wanted, general):
+    base = base | {"general_sources": general, "damage": 0}
+    with pytest.raises(ValueError, match="set it to") as error:
+        prepare(base, **{setting: wanted})
+    advised = int(re.search(r"set it to (\d+) at most", str(error.value)).group(1))
+    assert len(prepare(base, **{setting: advised}).documents)
 
 
 def test_targets_that_are_all_too_short_are_refused(base, tmp_path):

@@ -1,6 +1,7 @@
 """What must be refused with nothing lost: a full disk at every stage, damaged files, empty inputs."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -126,6 +127,7 @@ def test_a_library_that_loses_the_number_of_the_error_is_understood(tmp_path):
         ("segments", "scores"),
         ("curvature", "scores"),
         ("optimizer", "curvature"),
+        ("mean", "scores"),
         ("gradients", "scores"),
     ],
 )
@@ -135,6 +137,7 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
         "curvature": workspace.curvature(1),
         "gradients": workspace.gradients(1),
         "optimizer": workspace.checkpoint(3) / "optimizer.safetensors",
+        "mean": workspace.checkpoint(1) / "mean.safetensors",
     }
     path = paths.get(file) or getattr(workspace, file)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -143,6 +146,30 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
     message = rf"{path.name} cannot be read: .*; expected the whole file that stage {maker} wrote; run `dvc checkout"
     with pytest.raises(ValueError, match=message):
         run_stages(config, workspace, stage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"curation__drop": 1.5},
+            "toy: curation.drop: expected a share below 1 or a whole number of documents; got 1.5",
+        ),
+        (
+            {"segments__indices": [0, 1, 2, 3, 4]},
+            "toy: segments.indices: 4 checkpoints (train.checkpoints) cannot be divided into 5 segments, each needs one; "
+            "set segments.indices to [0, 1, 2, 3] or fewer, or train.checkpoints to more",
+        ),
+    ],
+)
+def test_settings_that_a_late_stage_refuses_are_refused_when_they_are_read(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        toy_config(tmp_path, **changes)
+
+
+def test_checkpoints_of_a_run_that_is_given_are_not_counted_when_settings_are_read(tmp_path):
+    config = toy_config(tmp_path, segments__indices=[0, 1, 2, 3, 4], train__run="some/run", train__model="some/model")
+    assert len(config.segments.indices) == 5
 
 
 def test_an_empty_table_of_documents_or_half_of_targets_is_refused(toy):
@@ -184,6 +211,17 @@ def test_a_question_to_a_store_without_the_version_of_the_manifest_is_refused(to
     manifest = json.loads(workspace.gradients(0).read_text())
     workspace.gradients(0).write_text(json.dumps(manifest | {"tag": "run-none"}))
     with pytest.raises(FileNotFoundError, match=r"has no version run-none, .*dvc repro --force gradients@0"):
+        answer("The boat meets the tide.", config=config, workspace=workspace)
+
+
+def test_a_question_to_a_checkpoint_that_is_overwritten_is_refused(toy):
+    from tda.query import answer
+
+    config, workspace = toy
+    (workspace.checkpoint(1) / "mean.safetensors").write_bytes(b"garbage" * 1000)
+    with pytest.raises(
+        ValueError, match=r"checkpoints/1/mean\.safetensors cannot be read: .* stage train wrote; run `dvc checkout"
+    ):
         answer("The boat meets the tide.", config=config, workspace=workspace)
 
 

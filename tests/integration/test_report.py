@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from tda.artifacts import read_json, remove, write_json, write_table
-from tda.charts import number, power_of_ten, ticks
+from tda.charts import number, power_of_ten, scaled, ticks
 from tda.page import excerpt, flat, visible
 from tda.provenance import lock_digest, provenance
 from tda.report import build_report
@@ -166,10 +166,28 @@ def test_numbers_are_written_for_people():
     assert number(-3.1e-6) == "−3.1 × 10⁻⁶"
     assert number(0.0, sign=True) == "0"
     assert power_of_ten([3e-6, -5e-7]) == -6
+    assert power_of_ten([1e-6] * 99 + [-1.56e-3]) == -3  # of the largest, so that no number needs a power beside the factor
     assert power_of_ten([0.3, -0.9, float("nan")]) == 0
+    assert power_of_ten([2e7, 1]) == 6
     assert power_of_ten([float("nan")]) == 0
     assert ticks(-0.021, 0.02, 4) == [-0.02, 0, 0.02]
     assert flat({"a": {"b": 1}, "c": [2]}) == [("a.b", "1"), ("c", "[2]")]
+
+
+@pytest.mark.parametrize(
+    ("value", "exponent", "text"),
+    [
+        (1.56e-3, -3, "+1.56"),
+        (-1.2e-8, -3, "−0.000012"),
+        (-1e-12, -3, "−0"),
+        (0.9997, -3, "+1000"),
+        (5e-3, -6, "+5000"),
+        (0.25, 0, "+0.25"),
+        (0.0, 0, "0"),
+    ],
+)
+def test_a_number_beside_a_factor_has_no_power_of_its_own(value, exponent, text):
+    assert scaled(value, exponent, sign=True) == text
 
 
 def test_lock_digest_ignores_order_and_the_report_itself(tmp_path):

@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lance
 import polars as pl
@@ -72,7 +73,36 @@ def test_missing_tables_tags_and_files_are_found(workspace):
     assert [problem.split(": ")[0] for problem in problems] == [str(workspace.gradients(checkpoint)) for checkpoint in range(3)]
     assert "is missing; the store is not versioned" in problems[0]
     assert "has no version run-" in problems[1]
-    assert "not found" in problems[2].lower()
+    assert "is damaged: its rows cannot be read (Not found: " in problems[2]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["data/*.lance", "_versions/*.manifest", "_refs/tags/*.json"])
+def test_a_truncated_file_is_said_in_words(workspace, kind, share):
+    manifest = manifest_of(workspace, 1)
+    path = table_path(workspace.store, manifest["table"])
+    for file in path.glob(kind):
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    (problem,) = verify(workspace)
+    assert f"gradients/1.json: {path} is damaged: its rows cannot be read (" in problem
+    assert problem.endswith(f"); delete {path} and run `dvc repro --force gradients@1`")
+    assert "LanceError" not in problem
+    assert ".rs:" not in problem
+    with pytest.raises(ValueError, match="is damaged: its rows cannot be read"):
+        open_sealed(workspace.store, manifest).places(IDS)
+    with pytest.raises(ValueError, match="is damaged: its rows cannot be read"):
+        write_rows(workspace, 1)
+
+
+def test_what_the_system_refuses_is_no_damage(workspace, monkeypatch):
+    table = open_sealed(workspace.store, manifest_of(workspace, 1))
+    monkeypatch.setattr(table, "_dataset", SimpleNamespace(to_table=too_many_files))
+    with pytest.raises(OSError, match="Too many open files"):
+        table.places(IDS)
+
+
+def too_many_files(**named) -> None:
+    raise OSError("LanceError(IO): Too many open files (os error 24), /somewhere/local.rs:1:2")
 
 
 def manifest_of(workspace: Workspace, checkpoint: int) -> dict:

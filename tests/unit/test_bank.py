@@ -96,7 +96,7 @@ def test_the_ceilings_of_the_shared_banks(name):
         ({"measurements": np.zeros((8, 0, 5), np.float32)}, r"measurements is of shape \(8, 0, 5\)"),
         ({"measurements": np.full((8, 1, 5), np.inf)}, "measurements: expected finite numbers; got 40 that are not"),
         ({"full_runs": np.zeros((2, 4), np.float32)}, r"full_runs is of shape \(2, 4\); expected \(any, 5\)"),
-        ({"recipe": np.array("{}")}, "recipe.loss is missing"),
+        ({"recipe": np.array("{}")}, "missing in the recipe: model.kind"),
     ],
 )
 def test_a_bank_that_does_not_fit_together_is_refused(tmp_path, changes, message):

@@ -75,12 +75,14 @@ def test_a_variant_of_a_method():
     variant = parse_variant("source:num_segments=2:damping=0.5:adam=symmetric")
     assert (variant.method, variant.settings) == ("source", {"num_segments": 2, "damping": 0.5, "adam": "symmetric"})
     assert parse_variant("random").settings == {}
+    assert parse_variant("source:damping=1:layers=3").settings == {"damping": 1.0, "layers": "3"}
     assert variant.parts(*EXAMPLES) == []
 
 
 def test_what_a_variant_is_put_together_from():
     both = parse_variant("surrogate+tracin:num_segments=2")
     assert both.parts(*EXAMPLES) == [parse_variant("surrogate:num_segments=2"), parse_variant("tracin:num_segments=2")]
+    assert parse_variant("tracin+surrogate:damping=1").parts(*EXAMPLES)[0] == parse_variant("tracin:damping=1")
     corrected = parse_variant("datamodel:retrainings=6:rounds=2")
     prior, retrainings = corrected.parts(*EXAMPLES)
     assert prior == parse_variant("surrogate+averaged_influence:rounds=2")
@@ -98,6 +100,11 @@ def test_what_a_variant_is_put_together_from():
         ("source:adam", "--methods: source:adam: expected METHOD:SETTING=VALUE; got 'adam'"),
         ("datamodel:prior=sauce", "--methods: datamodel:prior=sauce: prior: unknown method 'sauce'; known are gradient_dot"),
         ("source:segments=3", "unknown settings segments; known are num_segments"),
+        ("ekfac_influence:damping=abc", "--methods: ekfac_influence:damping=abc: damping: input should be a valid number, .*; got 'abc'"),
+        ("ekfac_influence:damping=nan", "damping: input should be greater than 0; got 'nan'"),
+        ("source:num_segments=2.5", "num_segments: input should be a valid integer, .*; got '2.5'"),
+        ("source:num_segments=", "num_segments: input should be a valid integer, .*; got ''"),
+        ("source:adam=yes", "adam: input should be 'scalar', 'symmetric', 'diagonal' or 'none'; got 'yes'"),
     ],
 )
 def test_an_unknown_method_or_setting_is_refused(text, message):

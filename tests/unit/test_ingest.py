@@ -116,6 +116,12 @@ def test_malformed_csv_rows(tmp_path):
     assert reasons(reading) == {4: "field text is not valid Unicode", 5: wrong, 6: wrong, 8: "field text is empty"}
 
 
+def test_a_csv_row_with_line_breaks_is_put_aside_with_its_first_line(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('id,text\n1,"kept\nwhole"\n2,"three\n\nlines",more\n3,""\n')
+    assert reasons(read(path)) == {4: "not as many columns as the header", 7: "field text is empty"}
+
+
 def test_a_huge_csv_field_is_put_aside_and_the_rest_is_read(tmp_path, monkeypatch):
     import csv
 
@@ -150,6 +156,28 @@ def test_too_many_malformed_rows_are_refused_with_the_fields_there_are(tmp_path)
         read(path, max_bad_rows=0.6)
     with pytest.raises(ValueError, match=r"prepare.targets: .*fields found: body, label, text;"):
         read(path, max_bad_rows=0.0, key="prepare.targets")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", json.dumps(ROWS), "seems to be one JSON array: expected one object a line"),
+        ("rows.jsonl", json.dumps(ROWS, indent=1), "seems to be one JSON array: expected one object a line"),
+        ("rows.csv", "id;text\n1;one, two\n2;two\n", "seems to separate its columns by semicolons: expected commas"),
+        ("rows.csv", "\ufeffid\ttext\n1\tone, two\n2\ttwo\n", "seems to separate its columns by tabs: expected commas"),
+    ],
+)
+def test_a_file_of_a_neighbouring_form_is_refused_by_its_name(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text(content, encoding="utf-8")
+    for place, file in ((path, path), (tmp_path / f"{name}.gz", tmp_path / f"{name}.gz"), (folder, folder / name)):
+        with pytest.raises(ValueError, match=f"{message}; write it so$") as error:
+            read(place, max_bad_rows=0.5)
+        assert f"; {file} " in str(error.value)
 
 
 def test_ids_and_sources_are_made_where_there_are_none(tmp_path):

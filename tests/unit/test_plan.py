@@ -1,5 +1,6 @@
 """The plan of a run: what it expects of corpus and training, bytes against what the stages write, and its arithmetic."""
 
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -99,6 +100,40 @@ def test_a_sample_stands_for_a_large_file(tmp_path, monkeypatch):
     found = expected_corpus(config.prepare, Workspace(tmp_path), model="llama")
     assert re.fullmatch(r"estimated from the first 100 of about (99\d|100\d) rows", found.origin)
     assert len(found.documents) == pytest.approx(1000 - config.prepare.num_heldout, rel=0.05)
+
+
+def test_held_out_documents_without_a_general_part_are_of_all(tmp_path):
+    write_corpus(tmp_path, num_documents=120)
+    stages_of_one = [{"part": "all", "epochs": 1}]
+    changes = {"prepare__general_sources": [], "prepare__num_heldout": 40, "train__stages": stages_of_one}
+    config = toy_config(tmp_path, prepare__context=256, **changes)  # so that no document has several rows
+    workspace = Workspace(tmp_path)
+    before = expected_corpus(config.prepare, workspace, model="llama")
+    stages.prepare(config, workspace)
+    after = load_documents(workspace.documents)
+    assert len(before.heldout) == 40
+    assert len(before.documents) == len(after) == 80
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_not_lines(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("tda.expected_corpus.SAMPLE", 200)
+    random = np.random.default_rng(0)
+    lines = [[" ".join(random.choice(list("abcdefgh"), 5)) for _ in range(8)] for _ in range(1000)]
+    data = "text\n" + "".join('"' + "\n".join(one) + '"\n' for one in lines)
+    path = tmp_path / ("rows.csv.gz" if packed else "rows.csv")
+    path.write_bytes(gzip.compress(data.encode()) if packed else data.encode())
+    fields = {
+        "prepare__documents": str(path),
+        "prepare__text_field": "text",
+        "prepare__source_field": "",
+        "prepare__id_field": "",
+    }
+    write_corpus(tmp_path)
+    config = toy_config(tmp_path, prepare__general_sources=[], **fields)
+    found = expected_corpus(config.prepare, Workspace(tmp_path), model="llama")
+    number = re.fullmatch(r"estimated from the first 200 of about (\d+) rows", found.origin).group(1)
+    assert int(number) == pytest.approx(1000, rel=0.1)  # the beginning of a packed file is packed a little worse than the rest
 
 
 def test_documents_that_are_all_too_short_are_refused(tmp_path):
@@ -295,6 +330,19 @@ def test_a_model_of_a_folder_is_planned_by_its_configuration(done, tmp_path):
     assert whole == all_of_it
     assert whole.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert torch.is_tensor(next(model.parameters())) and not next(model.parameters()).is_meta
+
+
+def test_a_model_of_another_task_is_refused_in_few_words(done, tmp_path):
+    from transformers import T5Config
+
+    config, _workspace, _before, corpus = done
+    T5Config(vocab_size=corpus.vocabulary, d_model=16, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    named = config.model_copy(update={"train": config.train.model_copy(update={"model": str(tmp_path)})})
+    with pytest.raises(ValueError) as error:
+        sample_model(named, vocabulary=corpus.vocabulary)
+    assert str(error.value) == (
+        f"train.model: {tmp_path} is a t5 model; expected llama, or a folder or hub id of a causal language model"
+    )
 
 
 def test_a_large_model_is_sampled_with_fewer_tokens(done, monkeypatch):

@@ -1,8 +1,22 @@
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
-from tda.recipe import MLPModel, parse_recipe, resolve
+from tda.bank_data import ARRAYS
+from tda.bank_help import DESCRIPTION, EXAMPLE
+from tda.recipe import (
+    ACTIVATIONS,
+    MEASUREMENTS,
+    CausalLMModel,
+    MLPModel,
+    Preprocessing,
+    Recipe,
+    Training,
+    parse_recipe,
+    resolve,
+)
 from tda.task import CausalLM, Classification, Regression
 from tests.banks import recipe, recipe_values
 
@@ -44,7 +58,7 @@ def test_a_language_model(tmp_path):
     [
         ({"loss": "hinge"}, "recipe.loss: expected one of cross_entropy, squared_error, causal_lm; got 'hinge'"),
         ({"measurement": "absolute_error"}, "recipe.measurement: expected one of margin, loss, log_probability; got 'absolute_"),
-        ({"measurement": None}, "recipe.measurement is missing"),
+        ({"measurement": None}, "missing in the recipe: measurement (one of margin, loss, log_probability"),
         ({"losses": 1}, "recipe: unknown key losses; known here: model, training, loss"),
         ({"loss": "causal_lm", "measurement": "loss"}, "causal_lm does not go with recipe.model.kind mlp"),
         ({"model": 3}, "recipe.model: expected an object; got 3"),
@@ -52,7 +66,6 @@ def test_a_language_model(tmp_path):
         ({"model__dims": [3]}, "recipe.model.dims: expected two or more whole numbers"),
         ({"model__dims": [3, 0]}, "recipe.model.dims: expected two or more whole numbers"),
         ({"model__activation": "sine"}, "recipe.model.activation: expected one of relu, tanh, gelu"),
-        ({"model__activation": None}, "recipe.model.activation is missing"),
         ({"model__init": "zeros"}, "recipe.model.init: expected one of torch.nn.Linear default; got 'zeros'"),
         ({"model__width": 3}, "recipe.model: unknown key width; known here: kind, dims"),
         ({"training__optimizer": "lion"}, "recipe.training.optimizer: expected one of sgd, adamw; got 'lion'"),
@@ -74,6 +87,32 @@ def test_what_is_refused(changes, message):
     assert str(error.value).startswith("some.npz: ")
 
 
+def test_all_that_is_missing_is_told_at_once():
+    words = (
+        "some.npz: missing in the recipe: model.dims (two or more whole numbers from 1: inputs, widths, outputs), "
+        "training.optimizer (one of sgd, adamw), training.lr (a number above 0), training.batch (a whole number from 1), "
+        "training.epochs (a whole number from 1), loss (one of cross_entropy, squared_error, causal_lm), measurement (one of "
+        "margin, loss, log_probability, absolute_error, squared_error, by the loss); add them, `tda evaluate bank --help` has an "
+        "example"
+    )
+    with pytest.raises(ValueError) as error:
+        parse_recipe('{"model": {"kind": "mlp"}, "training": null}', origin="some.npz")
+    assert str(error.value) == words
+    with pytest.raises(ValueError, match=r"model.kind \(one of mlp, causal_lm\), model.dims \(.*add them"):
+        parse_recipe("{}", origin="some.npz")
+    with pytest.raises(ValueError, match=r"recipe: model.path \(a path\); add it"):
+        parse_recipe(json.dumps(recipe_values(model={"kind": "causal_lm"})), origin="some.npz")
+
+
+def test_the_example_of_the_help_is_a_recipe_and_names_all_that_is_known():
+    made = parse_recipe(EXAMPLE, origin="help")
+    assert made.task == Classification("margin")
+    assert EXAMPLE in DESCRIPTION
+    known = [*ACTIVATIONS, *MEASUREMENTS, *(word for words in MEASUREMENTS.values() for word in words), *ARRAYS]
+    known += [one.name for section in (Recipe, MLPModel, CausalLMModel, Training, Preprocessing) for one in fields(section)]
+    assert [word for word in known if not re.search(rf"\b{word}\b", DESCRIPTION)] == ["init"]
+
+
 def test_not_json():
     with pytest.raises(ValueError, match="the recipe is not JSON"):
         parse_recipe("{", origin="some.npz")
@@ -82,6 +121,7 @@ def test_not_json():
 def test_what_may_be_left_out_or_null():
     made = recipe(model={"kind": "mlp", "dims": [3, 2]}, training__momentum=None, training__weight_decay=None, name="mine")
     assert (made.model.activation, made.training.momentum, made.training.weight_decay) == ("identity", 0, 0)
+    assert recipe(model__activation=None).model.activation == "relu"
     values = recipe_values(training__betas=[0.9, 0.99])
     values["training"]["eps"] = None
     assert parse_recipe(json.dumps(values), origin="").training.eps == 1e-8
