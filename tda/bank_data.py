@@ -79,8 +79,9 @@ def read_arrays(path: Path, *, wrong: str, remedy: str) -> dict[str, np.ndarray]
         ValueError: it is not one of plain arrays; the message is `wrong`, the reason, and `remedy`.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an .npz file")
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not an .npz file")
         with np.load(path, allow_pickle=False) as file:
             return {name: _plain(file, name) for name in file.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:

@@ -390,7 +390,10 @@ def open_table(store: Path, *, checkpoint: int, segment: int, identity: dict[str
     _check_identity(path, checkpoint, stored=_stored_identity(dataset), expected=identity)
     with _readable(path, checkpoint):
         _clean(dataset)
-        _drop_doubles(dataset)
+        doubles = _doubles(dataset)
+    if doubles:
+        quoted = ", ".join("'" + doc.replace("'", "''") + "'" for doc in doubles)
+        dataset.delete(f"doc_id IN ({quoted})")
     return GradientTable(store, name, identity, dataset)
 
 
@@ -503,13 +506,10 @@ def _clean(dataset: Any) -> None:
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False)
 
 
-def _drop_doubles(dataset: Any) -> None:
-    """Remove all rows of documents with several; only two writers at once could make them, and they are computed again."""
+def _doubles(dataset: Any) -> list[str]:
+    """Documents with several rows: only two writers at once could make them; all go, and are computed again."""
     counts = dataset.to_table(columns=["doc_id"])["doc_id"].value_counts()
-    doubles = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    if doubles:
-        quoted = ", ".join("'" + doc.replace("'", "''") + "'" for doc in doubles)
-        dataset.delete(f"doc_id IN ({quoted})")
+    return counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
 
 
 def _is_table(path: Path) -> bool:

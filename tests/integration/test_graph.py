@@ -311,8 +311,8 @@ graph.run_stage("first", Path(), environment={}, log=print, stopped=threading.Ev
     finally:
         flow.send_signal(signal.SIGKILL)
         flow.wait()
-    wait_until(lambda: not graph._alive(stage), seconds=5)
-    assert (held / "asked").exists()
+    wait_until(lambda: not graph._alive(stage), seconds=30)
+    wait_until((held / "asked").exists, seconds=5)  # the group's other processes may take a moment longer
     with graph.only_flow(held):
         assert not list(graph._records(held).iterdir())
     assert not (held / "dvc.lock").exists()

@@ -100,7 +100,10 @@ def test_what_a_variant_is_put_together_from():
         ("source:adam", "--methods: source:adam: expected METHOD:SETTING=VALUE; got 'adam'"),
         ("datamodel:prior=sauce", "--methods: datamodel:prior=sauce: prior: unknown method 'sauce'; known are gradient_dot"),
         ("source:segments=3", "unknown settings segments; known are num_segments"),
-        ("ekfac_influence:damping=abc", "--methods: ekfac_influence:damping=abc: damping: input should be a valid number, .*; got 'abc'"),
+        (
+            "ekfac_influence:damping=abc",
+            "--methods: ekfac_influence:damping=abc: damping: input should be a valid number, .*; got 'abc'",
+        ),
         ("ekfac_influence:damping=nan", "damping: input should be greater than 0; got 'nan'"),
         ("source:num_segments=2.5", "num_segments: input should be a valid integer, .*; got '2.5'"),
         ("source:num_segments=", "num_segments: input should be a valid integer, .*; got ''"),
