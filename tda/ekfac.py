@@ -2,7 +2,7 @@
 
 `A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's
 Hessian: the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training
-loss is `w` times the document's summed token loss (`factors.fit_factors` multiplies by `w`). Labels at different tokens are drawn
+loss is `w` times the document's summed token loss (`fit_factors.py` multiplies by `w`). Labels at different tokens are drawn
 independently, so cross terms vanish in the mean, and one `w` makes this the diagonal of the Gauss-Newton matrix of the loss that
 was minimised.
 
@@ -57,10 +57,15 @@ class Covariances:
 
     def add_(self, other: "Covariances") -> "Covariances":
         """Both together, in the memory of the first."""
-        for sums, more in ((self.A, other.A), (self.S, other.S)):
-            for name, matrix in more.items():
-                sums[name] = sums[name].add_(matrix) if name in sums else matrix
+        add_by_name(self.A, other.A)
+        add_by_name(self.S, other.S)
         return Covariances(self.A, self.S, self.num_tokens + other.num_tokens)
+
+
+def add_by_name(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Add `more` to `sums` in their memory; a part of the data that was empty has no names."""
+    for name, values in more.items():
+        sums[name] = sums[name].add_(values) if name in sums else values
 
 
 def covariances(
@@ -180,7 +185,7 @@ def corrected_eigenvalues(
     Activations and pseudo-gradients are rotated before their product. They are added to the sums in `into`, if it is given.
     """
     parameter = next(model.parameters())
-    rotations = _rotations(basis, parameter)
+    rotations = basis_like(parameter, basis)
     if into is None:
         zero = at_least_float32(parameter.new_zeros(()))
         into = {name: zero.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}, 0
@@ -203,7 +208,7 @@ def corrected_eigenvalues(
     return Lambda, num_documents
 
 
-def _rotations(basis: dict[str, tuple[Tensor, Tensor]], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def basis_like(like: Tensor, basis: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
     """The basis where `like` is, in its dtype; what layers share is there once."""
     inputs: dict[int, Tensor] = {}
     for Q_A, _Q_S in basis.values():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.data import Data, Documents, batch_plan
-from tda.ekfac import EKFAC, Covariances, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import EKFAC, Covariances, add_by_name, corrected_eigenvalues, covariances, eigenbasis
 from tda.factors import SegmentFactors
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, pack_plan, packs, within_documents
@@ -197,7 +197,8 @@ def _fit_scaled(
         )
 
     def add(some: Scaled, more: Scaled) -> Scaled:
-        return some[0].add_(more[0]), _added((some[1], 0), (more[1], 0))[0]
+        add_by_name(some[1], more[1])
+        return some[0].add_(more[0]), some[1]
 
     sums, _none = passes.over(scale(None), add, f"scaled covariances{name}", salt=3)
     basis = scaled_eigenbasis(sums, layers)
@@ -210,8 +211,7 @@ Scaled = tuple[Covariances, dict[str, Tensor]]
 
 
 def _added(some: Squares, more: Squares) -> Squares:
-    for name, sums in more[0].items():
-        some[0][name] = some[0][name].add_(sums) if name in some[0] else sums
+    add_by_name(some[0], more[0])
     return some[0], some[1] + more[1]
 
 

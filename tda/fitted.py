@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tda.counterfactual import Retrain, Retraining, retrained
-from tda.data import Data, Documents, Examples, batch_plan
+from tda.data import Batch, Data, Documents, Examples, TensorBatch, batch_plan
 from tda.factors import SegmentFactors
 from tda.fit_factors import fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
@@ -124,7 +124,10 @@ class Fitted:
         return layers
 
     def _probe(self, model: nn.Module) -> object:
-        return self.task.losses(model, self.train.batch([0]).to(self.device))
+        return self.task.losses(model, self._batch([0]))
+
+    def _batch(self, rows: Sequence[int]) -> Batch | TensorBatch:
+        return self.train.batch(rows).to(self.device)
 
     def model(self, checkpoint: int) -> nn.Module:
         """The model at a checkpoint; -1 is the last one."""
@@ -178,7 +181,7 @@ class Fitted:
     def batches(self) -> Iterator:
         """The training data in batches of similar length."""
         for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
-            yield self.train.batch(rows).to(self.device)
+            yield self._batch(rows)
 
     def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
@@ -230,7 +233,7 @@ class Fitted:
         """The Gauss-Newton product in the segment, averaged over `checkpoints`, on a fixed set of its rows."""
         rows = self._seen(segment, self.settings.solver_examples)
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
-        batches = [self.train.batch(rows[chosen].tolist()).to(self.device) for chosen in plan]
+        batches = [self._batch(rows[chosen].tolist()) for chosen in plan]
         products = [self._product(segment, self.model(checkpoint), batches) for checkpoint in checkpoints]
 
         def mean(v: Tensor) -> Tensor:
@@ -266,7 +269,7 @@ class Fitted:
         num = max(1, round(self.batch_size / self.train.lengths.mean()))
 
         def drawn(number: int) -> Product:
-            return self._product(segment, model, [self.train.batch(self._seen(segment, num, number).tolist()).to(self.device)])
+            return self._product(segment, model, [self._batch(self._seen(segment, num, number).tolist())])
 
         return drawn
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tda.capture import captured
 from tda.data import TensorBatch
-from tda.ekfac import EKFAC, Covariances, eigenbasis
+from tda.ekfac import EKFAC, Covariances, basis_like, eigenbasis
 from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.packing import DocumentBatch
@@ -121,8 +121,7 @@ def scaled_factors(
     """
     sums, Lambda = (Covariances({}, {}, 0), {}) if into is None else into
     A, S, num_documents = sums.A, sums.S, sums.num_tokens
-    device = next(model.parameters()).device
-    rotations = None if basis is None else {name: (Q_A.to(device), Q_S.to(device)) for name, (Q_A, Q_S) in basis.items()}
+    rotations = None if basis is None else basis_like(at_least_float32(next(model.parameters()).new_zeros(())), basis)
     batch: DocumentBatch | TensorBatch
 
     def keep_inputs(layer: Layer, a: Tensor) -> Tensor:

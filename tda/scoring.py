@@ -214,16 +214,16 @@ def asked_of_rows(config: Config, workspace: Workspace, attribution: Attribution
     layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
     waiting: list[Asked] = []
     for query, rows in query_blocks(config, workspace, attribution, queries):
-        answers = sorted((segment.index, u.cpu(), kept) for segment, u, kept in attribution.responses(query))
+        answers = list(attribution.responses(query))[::-1]  # the first segment first
         at_end = rotated_query(query, layers, projections) if attribution.projected else query
         conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
         waiting.append(
             Asked(
                 rows,
-                [u for _index, u, _kept in answers],
+                [u.cpu() for _segment, u, _kept in answers],
                 attribution.as_rows(conditioned, last).cpu(),
                 attribution.as_rows(at_end, last).cpu(),
-                np.array([kept for _index, _u, kept in answers]),
+                np.array([kept for _segment, _u, kept in answers]),
             )
         )
         if sum(asked.plain.numel() for asked in waiting) >= ASKED_VALUES:

@@ -88,9 +88,13 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     segment = load_segments(workspace)[index]
     chosen = curvature_rows(config.curvature, load_exposure(workspace, documents), index)
     training = read_json(workspace.training, stage="train")
+    last = load_checkpoint(workspace, segment.checkpoints[-1])
+    layers = tracked_layers(last, config.curvature.layers)
+    if config.curvature.layers == EVERY_LAYER and (said := what_is_left_out(last, layers)):
+        print(f"tda curvature: {said}", file=sys.stderr)
+    del last  # fitting loads its own
     P = {}
     if training["optimizer"] == "adamw" and config.curvature.adam != "none":
-        layers = tracked_layers(load_checkpoint(workspace, segment.checkpoints[-1]), config.curvature.layers)
         P = preconditioner(workspace, segment.checkpoints, layers, beta2=training["beta2"], epsilon=training["epsilon"])
     space = config.curvature.space
     if space != "full" and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
@@ -121,10 +125,6 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
         room=config.compute.factor_gib * 2**30 or None,
     )
     save_factors(workspace.curvature(index), factors)
-    if config.curvature.layers == EVERY_LAYER:
-        said = what_is_left_out(load_checkpoint(workspace, segment.checkpoints[-1]), factors.layers)
-        if said:
-            print(f"tda curvature: {said}", file=sys.stderr)
 
 
 def gradients(config: Config, workspace: Workspace, index: int) -> None:

@@ -13,23 +13,20 @@ from tests.stand_in_device import DEVICE, install, seen
 
 
 def pipeline(folder: Path) -> dict:
-    """Every stage, a query and new documents; what was counted by stage."""
+    """Every stage up to the verdict, and a query; what was counted by stage."""
     import tda.parallel
 
     tda.parallel.device_of = lambda _compute: DEVICE
     tda.parallel.num_workers = lambda _compute: 1
-    from tda import stages
     from tda.artifacts import Workspace
     from tda.query import answer
-    from tests.toy import toy_config
+    from tests.toy import run_stages, toy_config
 
     config, workspace = toy_config(folder), Workspace(folder)
     counted = {}
     for name in ("prepare", "train", "segments", "curvature", "gradients", "scores", "curation", "retraining", "evaluation"):
         seen.clear()
-        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
-        for arguments in [(part,) for part in parts] if parts else [()]:
-            getattr(stages, name)(config, workspace, *arguments)
+        run_stages(config, workspace, name)
         counted[name] = {f"{kind}, {where}": count for (kind, where), count in seen.items()}
     answered = answer("The gull meets the tide.", config=config, workspace=workspace, top=3)
     return {"counted": counted, "helped": [row["doc_id"] for row in answered["helped"]]}

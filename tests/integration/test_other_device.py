@@ -9,10 +9,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tda import stages
 from tda.artifacts import Workspace, read_json
 from tda.fit_factors import NUM_SHARDS
-from tests.toy import toy_config, write_corpus
+from tests.toy import run_stages, toy_config, write_corpus
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -58,10 +57,7 @@ def both(tmp_path_factory) -> tuple[Workspace, Workspace, dict]:
         write_corpus(folder)
     found = on_stand_in("pipeline", str(folders[1]))
     config, workspace = toy_config(folders[0]), Workspace(folders[0])
-    for name in ("prepare", "train", "segments", "curvature", "gradients", "scores"):
-        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
-        for arguments in [(part,) for part in parts] if parts else [()]:
-            getattr(stages, name)(config, workspace, *arguments)
+    run_stages(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
     return workspace, Workspace(folders[1]), found
 
 
