@@ -21,7 +21,11 @@ def end_with(parent: int, number: int) -> None:
 
 
 def _end_group(number: int, frame: object) -> None:
-    """Ask all others of the group to stop, whereupon `dvc` ends by itself, and kill what has not stopped in time."""
+    """Ask all others of the group to stop, whereupon `dvc` ends by itself, and kill what has not stopped in time.
+
+    Once: the system may signal the end of each of the parent's threads, and a second request would end what the first has begun.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     kill = threading.Timer(GRACE_SECONDS, os.killpg, (0, signal.SIGKILL))
