@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tda.adapters import settle
 from tda.artifacts import Workspace, read_json, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
-from tda.model import load_model, num_parameters
+from tda.model import load_model, num_parameters, trained_parameters
 
 # Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -42,7 +43,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             f"{list(range(len(found)))}, or save more of them (save_steps and save_total_limit of the Trainer)"
         )
     chosen = [found[round((index + 1) * len(found) / len(recipe.checkpoints)) - 1] for index in recipe.checkpoints]
-    frozen = unmoved(found[0][1], found[-1][1]) if len(found) > 1 else []
+    frozen = unmoved(found[0][1], found[-1][1], base=recipe.model) if len(found) > 1 else []
     final_state = read_json(chosen[-1][1] / "trainer_state.json", stage="train")
     num_steps = chosen[-1][0]
     rates = interpolate_rates(final_state["log_history"], num_steps)
@@ -51,11 +52,12 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     with whole(workspace.checkpoints) as part:
         part.mkdir()
         for index, (step, folder) in enumerate(chosen):
-            before, model = model, load_model(folder)
+            before, model = model, load_model(folder, base=recipe.model)
             _check_architecture(folder, model, before)
             check_fits(model, documents, origin=str(folder))
             target = part / str(index)
             _copy_model(folder, target / "model", model)
+            settle(target / "model", base=recipe.model)
             optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
@@ -139,9 +141,9 @@ def _is_model(name: str) -> bool:
     return name.endswith((".safetensors", ".json")) and not name.startswith(("trainer_state", "training_args"))
 
 
-def unmoved(first: Path, last: Path) -> list[str]:
-    """The parameters that are the same in two checkpoints: what the run kept frozen."""
-    before, after = (dict(load_model(folder).named_parameters()) for folder in (first, last))
+def unmoved(first: Path, last: Path, *, base: str) -> list[str]:
+    """The parameters that are the same in two checkpoints: what the run kept frozen, but for the `base` of an adapter."""
+    before, after = (trained_parameters(load_model(folder, base=base)) for folder in (first, last))
     return sorted(name for name, value in after.items() if name in before and torch.equal(before[name], value))
 
 
@@ -164,7 +166,7 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
             "change between the first checkpoint and the last; expected the optimizer of this model, saved by the Trainer; or "
             "remove the file and set curvature.adam to none"
         )
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}
     tensors: dict[str, Tensor] = {}
     for number, values in saved["state"].items():
         name = names[number]
@@ -209,7 +211,7 @@ def parameter_order(model: nn.Module) -> list[str]:
     from transformers.trainer_pt_utils import get_parameter_names
 
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
-    names = [name for name, _ in model.named_parameters()]
+    names = list(trained_parameters(model))
     return [name for name in names if name in decayed] + [name for name in names if name not in decayed]
 
 

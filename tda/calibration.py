@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tda import costs
+from tda.adapters import adapter_in, attach, lora
+from tda.adopt import find_checkpoints
 from tda.baselines import bm25_scores
 from tda.capture import captured
-from tda.config import Config
+from tda.config import Config, Train
 from tda.costs import Decoder, load_of
 from tda.data import Batch, Documents, batch_plan
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
@@ -34,13 +36,16 @@ from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import build_model, load_model, num_parameters
+from tda.model import build_model, load_model, num_parameters, trained_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
 from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
 from tda.task import CausalLM
 from tda.train import Step, make_optimizer, mean_loss, save_checkpoint, train
 from tda.usage import free_memory, measured
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries", "dots", "product")
 SECONDS = 0.4  # of one kind of pass
@@ -127,11 +132,14 @@ def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[n
         about = _configuration(config.train.model)
         number, size = about.get_text_config().num_hidden_layers, about.get_text_config().vocab_size
 
+        adapter = _adapter(config.train)
+
         def made(number: int, size: int) -> nn.Module:
             own = copy.deepcopy(about)  # a model keeps the configuration that it was made by
             own.get_text_config().num_hidden_layers, own.get_text_config().vocab_size = number, size
             try:
-                return AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+                model = AutoModelForCausalLM.from_config(own, dtype=torch.float32).eval()
+                return model if adapter is None else attach(model, adapter, seed=0)
             except ValueError as error:
                 if "Unrecognized configuration class" not in str(error):
                     raise
@@ -141,14 +149,23 @@ def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[n
                 ) from error
 
     with torch.device("meta"):
-        parameters = num_parameters(made(number, size))
+        whole = made(number, size)
+    parameters, trained = num_parameters(whole), sum(one.numel() for one in trained_parameters(whole).values())
     cut = min(size, CUT_VOCABULARY) if parameters * TRAINING_BYTES > free_memory() / 4 else size
     model = made(min(blocks or number, number), cut)
     shapes = costs.shapes_of(model)
     if blocks and blocks < number:
         one = shapes if blocks == 1 else costs.shapes_of(made(1, cut))
-        shapes = costs.with_blocks(one, number, parameters=parameters)
-    return model, costs.with_vocabulary(shapes, size, parameters=parameters)
+        shapes = costs.with_blocks(one, number)
+    shapes = costs.with_vocabulary(shapes, size)
+    return model, replace(shapes, parameters=parameters, frozen_parameters=parameters - trained)
+
+
+def _adapter(recipe: Train) -> "PeftConfig | None":
+    """The adapter that is trained: of the run that is taken over, or as `train.lora` has it."""
+    if recipe.run:
+        return adapter_in(find_checkpoints(Path(recipe.run))[0][1])
+    return lora(recipe.lora, base=recipe.model)
 
 
 def _configuration(name: str) -> Any:
@@ -405,9 +422,13 @@ def _checkpoint_seconds(config: Config, sample: Sample) -> tuple[float, float, i
         folder = Path(name, "checkpoint")
         optimizer = make_optimizer(sample.model, config.train)
         save = _seconds(lambda: save_checkpoint(folder, sample.model, optimizer, step=0))
-        load_model(folder / "model")
-        load = _seconds(lambda: load_model(folder / "model"))
-        return load, save, sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+        whole = folder / "model"
+        if sample.shapes.frozen:  # the base takes the time, of which an adapter's checkpoint has nothing
+            whole = folder / "base"
+            type(sample.model)(sample.model.config).save_pretrained(whole)
+        load_model(whole)
+        load = _seconds(lambda: load_model(whole))
+        return load, save, sum(path.stat().st_size for path in whole.glob("*.safetensors"))
 
 
 def _store_rates(folder: Path, *, dim: int, dtype: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from tda.model import Layer, input_view, layer_inputs, layer_outputs, plain_head
+from tda.model import Layer, layer_inputs, layer_outputs, plain_head
 
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
@@ -34,14 +34,16 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     by_name = {layer.name: layer for layer in layers}
     shape: Sequence[int] = ()
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    latest: tuple[Tensor | None, tuple, Tensor | None] = (None, (), None)
+    last_of_group = {layer.group: layer.name for layer in layers}
+    shared: dict[str, tuple[Tensor, Tensor | None]] = {}  # by group, until its last layer has run; others may run in between
 
     def on_input(layer: Layer, module: nn.Module, a: Tensor) -> Tensor | None:
-        nonlocal latest
-        view = input_view(module)
-        if latest[0] is not a or latest[1] != view:
-            latest = (a, view, encode(by_name[layer.group], layer_inputs(module, a.detach(), shape)))
-        return latest[2]
+        held = shared.get(layer.group)
+        if held is None or held[0] is not a:
+            held = shared[layer.group] = (a, encode(by_name[layer.group], layer_inputs(module, a.detach(), shape)))
+        if layer.name == last_of_group[layer.group]:
+            del shared[layer.group]
+        return held[1]
 
     def on_layer(layer: Layer) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -59,8 +61,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
         shape = next(tuple(one.shape) for one in (*inputs, *named.values()) if isinstance(one, Tensor))
 
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
-        nonlocal latest
-        latest = (None, (), None)
+        shared.clear()
 
     handles = [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
     for module in {model, getattr(model, "base_model", model)}:

@@ -55,6 +55,14 @@ class Architecture(Section):
     tie_embeddings: bool
 
 
+class Lora(Section):
+    """Low-rank adapters, trained in place of the model's own weights."""
+
+    rank: int = Field(ge=0)  # 0: none, all weights are trained
+    alpha: float = Field(gt=0)  # an adapter's output is multiplied by alpha / rank
+    layers: str = Field(min_length=1)  # all-linear, or a regular expression on module names
+
+
 class TrainingStage(Section):
     """One stage of training: a number of passes over one part of the documents."""
 
@@ -67,6 +75,7 @@ class Train(Section):
 
     model: str = Field(min_length=1)  # "llama": built as below; else a folder or hub id of a causal language model
     architecture: Architecture
+    lora: Lora
     run: str  # an existing output folder of a Hugging Face Trainer, used instead of training
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float = Field(gt=0)
@@ -88,6 +97,15 @@ class Train(Section):
     def _checkpoints_are_numbered(self):
         if self.checkpoints != list(range(len(self.checkpoints))):
             raise ValueError(f"checkpoints must be 0, 1, ..., C - 1 in order; got {self.checkpoints}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_for_a_model_that_is_loaded(self):
+        if self.lora.rank and (self.model == "llama" or self.run):
+            raise ValueError(
+                "lora.rank: adapters are trained on a model that is loaded, those of train.run are found there; expected rank 0, "
+                "or train.model a folder or hub id and train.run empty"
+            )
         return self
 
     @model_validator(mode="after")

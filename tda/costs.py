@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from tda.ekfac import strip_width
-from tda.model import Layer, num_parameters, tracked_layers
+from tda.model import Layer, num_parameters, tracked_layers, trained_parameters
 from tda.stored_rows import stored_bytes
 
 FLOAT = 4  # bytes of a float32
@@ -37,6 +37,18 @@ class Decoder:
     attention: tuple[Block, ...]
     head: tuple[int, int]  # hidden size, vocabulary
     parameters: int  # shared ones counted once
+    frozen: frozenset[str] = frozenset()  # names of the matrices that training leaves as they are, beside adapters
+    frozen_parameters: int = 0
+
+    @property
+    def trained(self) -> tuple[Layer, ...]:
+        """The matrices that training changes."""
+        return tuple(layer for layer in self.matrices if layer.name not in self.frozen)
+
+    @property
+    def trained_parameters(self) -> int:
+        """What a checkpoint holds."""
+        return self.parameters - self.frozen_parameters
 
     @property
     def first(self) -> int:
@@ -126,8 +138,11 @@ def _outside_head(model: Decoder) -> int:
 
 
 def training_step(model: Decoder, load: Load) -> int:
-    """Forward and backward for all weights: the products of the forward pass three times."""
-    return 3 * forward(model, load)
+    """Forward and backward for all weights: the products of the forward pass three times; with adapters, for theirs alone."""
+    if not model.frozen:
+        return 3 * forward(model, load)
+    adapters = tracking(model, ".*")
+    return frozen_pass(adapters, load) + 2 * load.tokens * adapters.gradient
 
 
 def frozen_pass(model: Decoder, load: Load) -> int:
@@ -185,11 +200,12 @@ def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
     """The Gauss-Newton matrix of all tracked layers times `vectors`: two forward passes, and forward and back for each vector.
 
     Each matrix carries a tangent of its input and of its weight, on the way back two gradients. A tangent that is zero, of the
-    weight of a matrix that is not tracked, or of an input that nothing tracked lies below, is multiplied once for all vectors.
+    weight of a matrix that is not tracked, or of an input that nothing tracked lies below, is multiplied once for all vectors; if
+    both are, there is none.
     """
     first, group = model.first, model.matrices[model.first].group
     tracked = {layer.name for layer in model.tracked}
-    body = _without_head(model)[first:]
+    body = [layer for layer in _without_head(model)[first:] if layer.group != group or layer.name in tracked]
     one_way = sum(_weights(layer) * ((layer.group != group) + (layer.name in tracked)) for layer in body)
     zeros = sum(_weights(layer) * ((layer.group == group) + (layer.name not in tracked)) for layer in body)
     attention = sum(block.width for block in model.attention if block.after > first)
@@ -234,8 +250,8 @@ def row_bytes(model: Decoder, *, rank: int, dtype: str) -> int:
 
 
 def checkpoint_bytes(model: Decoder, *, copies: int) -> int:
-    """A checkpoint: `copies` times the weights, such as themselves, their mean and two moments."""
-    return copies * FLOAT * model.parameters
+    """A checkpoint: `copies` times the trained weights, such as themselves, their mean and two moments."""
+    return copies * FLOAT * model.trained_parameters
 
 
 def factor_bytes(model: Decoder, *, adam: str, rank: int = 0, fitted: bool = True) -> int:
@@ -266,8 +282,8 @@ def factor_bytes(model: Decoder, *, adam: str, rank: int = 0, fitted: bool = Tru
 _NUMBER = re.compile(r"\.(\d+)\.")  # of a block, in the name of its layers
 
 
-def with_blocks(model: Decoder, number: int, *, parameters: int) -> Decoder:
-    """The model with as many blocks, each like the first, where it has one.
+def with_blocks(model: Decoder, number: int) -> Decoder:
+    """The model with as many blocks, each like the first, where it has one; its parameters are not counted anew.
 
     Raises:
         ValueError: its layers do not stand in numbered blocks.
@@ -279,40 +295,46 @@ def with_blocks(model: Decoder, number: int, *, parameters: int) -> Decoder:
             f"got {', '.join(layer.name for layer in model.matrices[:4])}, ..."
         )
     after = model.matrices[model.matrices.index(inside[-1]) + 1 :]
-    blocks = [_renumbered(layer, block) for block in range(number) for layer in inside]
     attention = tuple(
         replace(model.attention[0], after=model.attention[0].after + block * len(inside)) for block in range(number)
     )
-    return Decoder((*blocks, *after), (*blocks, *after), attention, model.head, parameters)
+    deep = replace(
+        model,
+        matrices=(*(_renumbered(layer, block) for block in range(number) for layer in inside), *after),
+        attention=attention,
+        frozen=frozenset(_numbered(name, block) for name in model.frozen for block in range(number)),
+    )
+    return tracking(deep, ".*")
 
 
-def with_vocabulary(model: Decoder, size: int, *, parameters: int) -> Decoder:
-    """The model with as many tokens."""
+def with_vocabulary(model: Decoder, size: int) -> Decoder:
+    """The model with as many tokens; its parameters are not counted anew."""
     head = (model.head[0], size)
     if not model.head_is_matrix:
-        return replace(model, head=head, parameters=parameters)
+        return replace(model, head=head)
     matrices = (*model.matrices[:-1], replace(model.matrices[-1], d_out=size))
-    return Decoder(matrices, matrices, model.attention, head, parameters)
+    return tracking(replace(model, matrices=matrices, head=head), ".*")
 
 
 def _renumbered(layer: Layer, block: int) -> Layer:
-    def named(name: str) -> str:
-        return _NUMBER.sub(f".{block}.", name, count=1)
+    return replace(layer, name=_numbered(layer.name, block), group=_numbered(layer.group, block))
 
-    return replace(layer, name=named(layer.name), group=named(layer.group))
+
+def _numbered(name: str, block: int) -> str:
+    return _NUMBER.sub(f".{block}.", name, count=1)
 
 
 def tracking(model: Decoder, pattern: str) -> Decoder:
-    """The model with those layers tracked whose whole name matches `pattern`; a group is named after its first that is.
+    """The model with those trained layers tracked whose whole name matches `pattern`; a group is named after its first that is.
 
     Raises:
         ValueError: none matches.
     """
-    chosen = [layer for layer in model.matrices if re.fullmatch(pattern, layer.name)]
+    chosen = [layer for layer in model.trained if re.fullmatch(pattern, layer.name)]
     if not chosen:
         raise ValueError(
             f"curvature.layers: {pattern!r} matches none of the model's linear layers; they are "
-            f"{', '.join(layer.name for layer in model.matrices[:8])}, ..."
+            f"{', '.join(layer.name for layer in model.trained[:8])}, ..."
         )
     leaders: dict[str, str] = {}
     for layer in chosen:
@@ -321,12 +343,12 @@ def tracking(model: Decoder, pattern: str) -> Decoder:
 
 
 def shapes_of(model: nn.Module) -> Decoder:
-    """The shapes of a causal language model, all of whose linear layers are tracked. It is run on a few tokens.
+    """The shapes of a causal language model, all of whose trained linear layers are tracked. It is run on a few tokens.
 
     Raises:
         ValueError: its configuration does not say how its attention is shaped.
     """
-    layers = tuple(tracked_layers(model))
+    layers, trained = tracked_layers(model, frozen_too=True), {layer.name for layer in tracked_layers(model)}
     config = model.config.get_text_config()
     heads, blocks = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     if not heads or not blocks:
@@ -336,8 +358,25 @@ def shapes_of(model: nn.Module) -> Decoder:
         )
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     vocabulary, hidden = model.get_output_embeddings().weight.shape
-    body = [layer for layer in layers if (layer.d_in, layer.d_out) != (hidden, vocabulary)]
+    body = [(place, layer) for place, layer in enumerate(layers) if (layer.d_in, layer.d_out) != (hidden, vocabulary)]
     each = len(body) // blocks
-    reads = sum(layer.group == body[0].group for layer in body[:each])
-    attention = tuple(Block(block * each + reads, heads * size) for block in range(blocks))
-    return Decoder(layers, layers, attention, (hidden, vocabulary), num_parameters(model))
+    starts = range(0, blocks * each, each)
+    counted = num_parameters(model)
+    return tracking(
+        Decoder(
+            tuple(layers),
+            (),
+            tuple(Block(_after_projections(body[start : start + each], trained), heads * size) for start in starts),
+            (hidden, vocabulary),
+            counted,
+            frozen=frozenset(layer.name for layer in layers if layer.name not in trained),
+            frozen_parameters=counted - sum(parameter.numel() for parameter in trained_parameters(model).values()),
+        ),
+        ".*",
+    )
+
+
+def _after_projections(block: Sequence[tuple[int, Layer]], trained: set[str]) -> int:
+    """The place of the first matrix in a block, no adapter, that reads something else than the block's first."""
+    own = [(place, layer) for place, layer in block if layer.name not in trained] or block
+    return next((place for place, layer in own if layer.group != own[0][1].group), block[-1][0] + 1)

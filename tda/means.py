@@ -4,13 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from tda.losses import at_least_float32
+from tda.model import moving_state
 
 
 class RunningMean:
-    """Sums weights as training goes on, in float32 or wider; `take` gives their mean since it was last called."""
+    """Sums what training changes as it goes on, in float32 or wider; `take` gives the mean since it was last called."""
 
     def __init__(self, model: nn.Module):
         self._model = model
+        self._names = list(moving_state(model))
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -18,7 +20,9 @@ class RunningMean:
     def add(self) -> None:
         """Count the weights as they are now."""
         self._count += 1
-        for name, value in self._model.state_dict().items():
+        state = self._model.state_dict()
+        for name in self._names:
+            value = state[name]
             if not value.is_floating_point():
                 continue
             if name in self._sums:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tda.adapters import adapter_in, load_adapter
 from tda.config import Architecture
 
 PROBE_TOKENS = 4  # any few tokens show which layers share an input
@@ -50,8 +51,10 @@ def build_model(architecture: Architecture, *, vocabulary: int, context: int, se
     return LlamaForCausalLM(config).eval()
 
 
-def load_model(name: str | Path) -> nn.Module:
-    """The causal language model in a folder or under a hub id, in float32 and eval mode.
+def load_model(name: str | Path, *, base: str = "", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The causal language model in a folder or under a hub id, in eval mode.
+
+    An adapter comes on the model that it was trained on, which is at `base` or where the adapter's file says; all else is frozen.
 
     Raises:
         FileNotFoundError: there is no such folder, or its weights are missing or truncated.
@@ -61,9 +64,17 @@ def load_model(name: str | Path) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    adapter = adapter_in(name)
+    if adapter is not None:
+        base = base or adapter.base_model_name_or_path or ""
+        if not base:
+            raise FileNotFoundError(
+                f"{name}: the adapter's file does not say which model it was trained on; expected base_model_name_or_path there"
+            )
+        return load_adapter(load_model(base, dtype=dtype), name).to(dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
-    except (OSError, SafetensorError, EOFError, RuntimeError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(
             f"{name}: no causal language model could be loaded: {str(error).splitlines()[0]}; expected a folder with "
             "config.json and whole weights, or a hub id that can be reached; if a checkpoint was cut short, remove it and run "
@@ -107,18 +118,18 @@ def run_few_tokens(model: nn.Module) -> None:
 
 
 def tracked_layers(
-    model: nn.Module, pattern: str = ".*", *, probe: Callable[[nn.Module], object] = run_few_tokens
+    model: nn.Module, pattern: str = ".*", *, probe: Callable[[nn.Module], object] = run_few_tokens, frozen_too: bool = False
 ) -> list[Layer]:
     """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
 
-    Those with a frozen weight are left out, unless all of the model is frozen. `probe` runs the model on anything, to see which
-    layers are used, and which read the same input: it is projected once.
+    Those with a frozen weight are left out, unless all of the model is frozen, or `frozen_too`. `probe` runs the model on
+    anything, to see which layers are used, and which read the same input: it is projected once.
 
     Raises:
         ValueError: no layer matches, or one is used more than once, so that its gradient is not one outer product per token.
     """
     modules = linear_modules(model)
-    if any(parameter.requires_grad for parameter in model.parameters()):
+    if not frozen_too and any(parameter.requires_grad for parameter in model.parameters()):
         modules = {name: module for name, module in modules.items() if module.weight.requires_grad}
     if not modules:
         raise ValueError(
@@ -292,3 +303,14 @@ def freeze(model: nn.Module, names: Iterable[str]) -> nn.Module:
 def num_parameters(model: nn.Module) -> int:
     """Parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def moving_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without its frozen parameters: what training changes."""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}

@@ -151,7 +151,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
     projected = rank if config.curvature.space != "full" else 0
     adam = config.curvature.adam if config.train.optimizer == "adamw" else "none"
     documents, num = corpus.documents, len(corpus.documents)
-    weights = FLOAT * model.parameters
+    weights, trained = FLOAT * model.parameters, FLOAT * model.trained_parameters
     num_checkpoints = len(config.train.checkpoints)
     batch_tokens = max(config.gradients.batch_tokens, int(documents.lengths.max()))
 
@@ -215,7 +215,7 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         work={"steps": 0.0 if config.train.run else training, "checkpoints": num_checkpoints * write},
         waiting=num_checkpoints * checkpoint / machine.disk,
         disk=num_checkpoints * checkpoint + SMALL,
-        memory=weights * (copies + 1 + mean) + sample.kept["training"] * largest,
+        memory=weights + trained * (copies + mean) + sample.kept["training"] * largest,
     )
     add("segments", "torch", work={}, disk=24.0 * num)
 
@@ -257,7 +257,8 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         work=work,
         disk=num * (len(corpus.scored) * FLOAT + 120),
         memory=memory
-        + weights * (copies + 1) * num_checkpoints / 2
+        + (weights - trained)
+        + trained * (copies + 1) * num_checkpoints / 2
         + len(run.seen) * factors
         + sample.kept["frozen"] * batch_tokens
         + SCAN_BLOCKS * BLOCK_BYTES,
@@ -273,7 +274,8 @@ def estimates(config: Config, corpus: Corpus, run: ExpectedRun, sample: Sample, 
         spread={"steps": number * training, "losses": number * rate("forward", evaluation)},
         pools=1,
         disk=SMALL / 100,
-        memory=machine.workers * (_worker_bytes(sample, machine) + weights * (copies + 1) + sample.kept["training"] * largest),
+        memory=machine.workers
+        * (_worker_bytes(sample, machine) + weights + trained * copies + sample.kept["training"] * largest),
     )
     add("evaluation", "statistics", work={})
     add("report", "tables", work={})

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tda.artifacts import Workspace, read_json, read_table
 from tda.checkpoints import load_checkpoint, second_moments
+from tda.model import moving_state
 from tda.trajectory import Checkpoint, Optimizer, Run
 
 
@@ -28,7 +29,7 @@ def load_run(workspace: Workspace, *, needs_moments: bool, only: Sequence[int] |
     steps = training["checkpoint_steps"]
     for index in range(len(steps)) if only is None else only:
         model = load_checkpoint(workspace, index)
-        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        weights = {name: value.clone() for name, value in moving_state(model).items()}
         checkpoints.append(
             Checkpoint(steps[index], weights, second_moments(workspace, index) if optimizer.kind == "adamw" else {})
         )

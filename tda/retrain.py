@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from tda.adapters import adapter_in
 from tda.artifacts import Workspace, read_json, read_table, remove, write_json
 from tda.config import Config
 from tda.data import load_documents
@@ -45,6 +46,8 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     heldout = load_documents(workspace.heldout)
     vocabulary = tokenizer_size(workspace)
     device, frozen = device_of(config.compute), read_json(workspace.training, stage="train").get("frozen", [])
+    continued = adapter_in(config.train.model) is not None  # its start is an adapter that is there, and no new one
+    adapter = None if continued else adapter_in(workspace.checkpoint(0) / "model")
     work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
 
     def one(run: tuple[int, str]) -> Path:
@@ -53,7 +56,9 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
         if not path.exists():
             held = arm_weights(arm, weights, seed=seed)
             recipe = config.train
-            model = initial_model(recipe, vocabulary=vocabulary, context=config.prepare.context, seed=seed).to(device)
+            model = initial_model(recipe, vocabulary=vocabulary, context=config.prepare.context, seed=seed, adapter=adapter).to(
+                device
+            )
             freeze(model, frozen)
             steps = schedule(documents, recipe, seed=seed, lengths=stage_lengths(documents, recipe), keep=held > 0)
             losses: list[float] = []

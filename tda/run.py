@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from tda.adapters import attach, lora
 from tda.artifacts import Workspace, remove, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
@@ -27,12 +29,16 @@ from tda.train import (
     train,
 )
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
-def initial_model(recipe: Train, *, vocabulary: int, context: int, seed: int) -> nn.Module:
-    """The model before its first step: built with random weights from `seed`, or loaded."""
+
+def initial_model(recipe: Train, *, vocabulary: int, context: int, seed: int, adapter: "PeftConfig | None" = None) -> nn.Module:
+    """The model before its first step: built with random weights from `seed`, or loaded, with a new `adapter` if one is given."""
     if recipe.model == "llama":
         return build_model(recipe.architecture, vocabulary=vocabulary, context=context, seed=seed)
-    return load_model(recipe.model)
+    model = load_model(recipe.model)
+    return model if adapter is None else attach(model, adapter, seed=seed)
 
 
 def tokenizer_size(workspace: Workspace) -> int:
@@ -49,7 +55,13 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     last.
     """
     torch.set_num_threads(1)  # sums on several threads are taken in another order
-    model = initial_model(recipe, vocabulary=tokenizer_size(workspace), context=context, seed=recipe.seed).to(device)
+    model = initial_model(
+        recipe,
+        vocabulary=tokenizer_size(workspace),
+        context=context,
+        seed=recipe.seed,
+        adapter=lora(recipe.lora, base=recipe.model),
+    ).to(device)
     check_fits(model, documents, origin=f"train.model: {recipe.model}")
     lengths = stage_lengths(documents, recipe)
     steps = schedule(documents, recipe, seed=recipe.seed, lengths=lengths)

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tda.adapters import settle
 from tda.artifacts import MEAN_FILE, read_json, whole, write_json
 from tda.config import Train
 from tda.data import Documents, batches
 from tda.losses import document_losses
+from tda.model import load_model, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,11 @@ def save_checkpoint(
     with whole(folder) as part:
         part.mkdir()
         model.save_pretrained(part / "model")
+        settle(part / "model")
         if optimizer is not None:
             save_file(optimizer_state(model, optimizer), part / "optimizer.safetensors")
         if mean is not None:
-            save_file({name: mean[name] for name, _ in model.named_parameters()}, part / MEAN_FILE)
+            save_file({name: mean[name] for name in trained_parameters(model)}, part / MEAN_FILE)
         write_json(part / "state.json", {"step": step})
 
 
@@ -249,8 +252,6 @@ def read_trajectory(taken: Sequence[Taken]) -> pl.DataFrame:
 
 def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the checkpoint in `folder` into `model` and `optimizer`; return its step."""
-    state = load_file(folder / "model" / "model.safetensors")
-    model.load_state_dict(state, strict=False)
-    model.tie_weights()
+    model.load_state_dict(load_model(folder / "model", dtype=next(model.parameters()).dtype).state_dict())
     restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
     return read_json(folder / "state.json", stage="train")["step"]

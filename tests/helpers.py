@@ -105,3 +105,15 @@ def dense_fisher(model: nn.Module, layers: list[Layer], documents: Documents, *,
                     term = log_p[token, label].exp().detach() * torch.outer(g, g)
                     fisher[name] = fisher.get(name, 0) + weight * term / len(documents)
     return fisher
+
+
+def with_adapter(model: nn.Module, **settings: object) -> nn.Module:
+    """The model with an adapter by PEFT, as its users make one; its B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return adapted.eval()

@@ -68,8 +68,11 @@ def small_llama(vocabulary: int, *, tied: bool) -> Any:
     )
 
 
-def trained(folder: Path, make_model: Any, **arguments: Any) -> Run:
-    """A base model with its tokenizer in `base`, documents prepared with it, and a Trainer's run on them in `output`."""
+def trained(folder: Path, make_model: Any, *, adapt: Any = lambda model: model, **arguments: Any) -> Run:
+    """A base model with its tokenizer in `base`, documents prepared with it, and a Trainer's run on them in `output`.
+
+    What is trained is what `adapt` makes of the model.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     write_corpus(folder)
@@ -118,7 +121,7 @@ def trained(folder: Path, make_model: Any, **arguments: Any) -> Run:
         "dataloader_pin_memory": False,
     }
     trainer = Trainer(
-        model=model,
+        model=adapt(model),
         args=TrainingArguments(**settings | arguments),
         train_dataset=rows,
         data_collator=collate,

@@ -2,14 +2,21 @@ import pytest
 import torch
 from torch import nn
 
+from tda.capture import captured
 from tda.data import Examples, batches
 from tda.gradients import gradient_rows, project_queries, query_gradients
 from tda.model import tracked_layers
 from tda.projection import random_projections
 from tda.task import CausalLM, Regression
-from tests.helpers import dense_gradient, document_loss, random_documents, tiny_gpt2, tiny_llama, tiny_opt
+from tests.helpers import dense_gradient, document_loss, random_documents, tiny_gpt2, tiny_llama, tiny_opt, with_adapter
 
-MODELS = {"llama": tiny_llama, "llama untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2, "opt": tiny_opt}
+MODELS = {
+    "llama": tiny_llama,
+    "llama untied": lambda: tiny_llama(tie=False),
+    "gpt2": tiny_gpt2,
+    "opt": tiny_opt,
+    "adapted": lambda: with_adapter(tiny_llama()),
+}
 
 
 def doubled(projections):
@@ -53,6 +60,17 @@ def test_padding_and_batch_composition_change_nothing():
     for row in range(6):
         alone, _ = gradient_rows(model, layers, documents.batch([row]), task=CausalLM(), projections=projections)
         torch.testing.assert_close(together[row], alone[0])
+
+
+def test_what_several_layers_read_is_encoded_once_whatever_runs_between_them():
+    """Between the A of adapters that read the same run their B; the input's covariance would be counted for each of them."""
+    model, documents = with_adapter(tiny_llama()), random_documents()
+    layers = tracked_layers(model)
+    assert [layer.group for layer in layers] != sorted(layer.group for layer in layers)
+    seen: list[str] = []
+    with captured(model, layers, encode=lambda layer, a: seen.append(layer.name), consume=lambda *_: None):
+        CausalLM().losses(model, documents.batch(range(3)))[0].backward()
+        assert sorted(seen) == sorted({layer.group for layer in layers})
 
 
 def test_layers_that_read_one_input_form_a_group_and_tied_heads_are_left_out():

@@ -17,12 +17,17 @@ from tda.losses import document_losses
 from tda.model import Layer, tracked_layers
 from tda.projection import random_projections
 from tda.task import CausalLM
-from tests.helpers import random_documents, tiny_gpt2, tiny_llama
+from tests.helpers import random_documents, tiny_gpt2, tiny_llama, with_adapter
 
 RANK = 3
 TOKENS = 24  # of a batch: the documents come in several
-MODELS = {"llama": tiny_llama, "untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
-PATTERNS = {"all": ".*", "above": r".*\.1\.mlp\..*", "outputs": r".*(o_proj|attn\.c_proj|down_proj)"}
+MODELS = {
+    "llama": tiny_llama,
+    "untied": lambda: tiny_llama(tie=False),
+    "gpt2": tiny_gpt2,
+    "adapted": lambda: with_adapter(tiny_llama()).base_model.model,
+}
+PATTERNS = {"all": ".*", "above": r".*\.1\.mlp\..*", "outputs": r".*(o_proj|attn\.c_proj|down_proj)(\..*)?"}
 
 
 @pytest.fixture(params=[(name, pattern) for name in MODELS for pattern in PATTERNS], ids="-".join)
@@ -143,8 +148,8 @@ def test_a_model_of_one_block_says_all_of_a_deeper_one():
         shape = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11}
         return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=num_layers, tie_word_embeddings=False)).eval()
 
-    deep = costs.shapes_of(made(3))
-    assert costs.with_blocks(costs.shapes_of(made(1)), 3, parameters=deep.parameters) == deep
+    one, deep = costs.shapes_of(made(1)), costs.shapes_of(made(3))
+    assert costs.with_blocks(one, 3) == replace(deep, parameters=one.parameters)
 
 
 def test_bytes_of_factors_are_those_of_the_file(case, tmp_path):
