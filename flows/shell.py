@@ -19,15 +19,15 @@ def supervise(name: str) -> None:
     the flow itself see to it: polars takes SIGINT over, so that it does not wake a main thread that waits for its tasks.
     """
     parent = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     flow = os.fork()
     if flow == 0:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _leave)
-        signal.signal(signal.SIGUSR1, _be_quiet)
+        signal.signal(signal.SIGUSR1, _stop_quietly)
         end_with(parent, signal.SIGTERM)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         return
     sys.exit(_exit_code(name, flow))
 
@@ -37,11 +37,16 @@ def _leave(number: int, frame: object) -> None:
     raise SystemExit(TERMINATED)
 
 
-def _be_quiet(number: int, frame: object) -> None:
-    """The user knows that the flow ends, and need not read what each of its tasks says about it."""
+def _stop_quietly(number: int, frame: object) -> None:
+    """The user knows that the flow ends, and need not read what each of its tasks says about it.
+
+    One signal asks for both: of two that come together the system may hand the second to another thread, while the main thread,
+    which alone runs handlers, sleeps on.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _exit_code(name: str, flow: int) -> int:
@@ -53,7 +58,6 @@ def _exit_code(name: str, flow: int) -> int:
             _kill(flow)
         else:
             os.kill(flow, signal.SIGUSR1)
-            os.kill(flow, signal.SIGTERM)
             signal.alarm(STOP_SECONDS)
         asked.append(number)
 
