@@ -179,6 +179,14 @@ class Curation(Section):
             raise ValueError(f"expected a share below 1 or a whole number of documents; got {drop}")
         return drop
 
+    @model_validator(mode="after")
+    def _weights_have_mean_one(self):
+        if not self.min_weight <= 1 <= self.max_weight:
+            raise ValueError(
+                f"weights have mean 1, so expected min_weight <= 1 <= max_weight; got {self.min_weight} and {self.max_weight}"
+            )
+        return self
+
 
 class Retraining(Section):
     """Paired retraining on all, curated and randomly reduced data."""

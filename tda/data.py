@@ -155,6 +155,16 @@ class Examples:
         """The examples in `rows`."""
         return TensorBatch(list(rows), self.x[list(rows)], self.y[list(rows)])
 
+    def check_finite(self, origin: str) -> None:
+        """Refuse with ValueError inputs or targets that are no numbers; the message begins with `origin`, what the data are."""
+        for name, values in (("input", self.x), ("target", self.y)):
+            bad = (~values.isfinite()).nonzero()[:, 0].unique().tolist() if values.is_floating_point() else []
+            if bad:
+                raise ValueError(
+                    f"{origin}: the {name}s of {len(bad)} of {len(values)} rows are not finite, such as that of row {bad[0]}; "
+                    "expected numbers; leave such rows out"
+                )
+
     def at_least_float32(self) -> "Examples":
         """The examples with inputs that are no narrower than float32; numbers of tokens stay what they are."""
         narrow = self.x.dtype in (torch.bfloat16, torch.float16)

@@ -99,6 +99,9 @@ class Fitted:
         self.train, self.queries = (
             data.at_least_float32().to(self.device) if isinstance(data, Examples) else data for data in (train, queries)
         )
+        for name, data in (("the training data", self.train), ("the queries", self.queries)):
+            if isinstance(data, Examples):
+                data.check_finite(f"attribute: {name}")
         largest = max((int(rows.max()) for rows in run.batches if len(rows)), default=-1)
         if largest >= len(train):
             raise ValueError(

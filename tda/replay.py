@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tda.counterfactual import BATCH_NORMS
 from tda.data import Batch, Data, TensorBatch
 from tda.optimizer_steps import PULL_BACKS, STEPS, State, Weights
 from tda.task import Task
@@ -329,6 +330,14 @@ def _check(run: Run, train: Data) -> None:
         raise ValueError(
             f"replay: {training[0]} is in training mode; expected a model in eval mode, whose dropout and batch statistics do "
             "nothing, and a run trained that way; call model.eval()"
+        )
+    before, after = run.initial, run.checkpoints[-1].weights
+    counted = [f"{name}.num_batches_tracked" for name, module in run.model.named_modules() if isinstance(module, BATCH_NORMS)]
+    learned = [name for name in counted if name in before and name in after and not torch.equal(before[name], after[name])]
+    if learned:
+        raise ValueError(
+            f"replay: {learned[0].rpartition('.')[0]} normalised by batches while it was trained, as it does not in eval mode; "
+            "expected a run trained in eval mode, which replay follows, or a model without such layers"
         )
     missing = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad and name not in run.initial]
     if missing:

@@ -156,6 +156,10 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
             "toy: curation.drop: expected a share below 1 or a whole number of documents; got 1.5",
         ),
         (
+            {"curation__min_weight": 1.5},
+            "toy: curation: weights have mean 1, so expected min_weight <= 1 <= max_weight; got 1.5 and 2.0",
+        ),
+        (
             {"segments__indices": [0, 1, 2, 3, 4]},
             "toy: segments.indices: 4 checkpoints (train.checkpoints) cannot be divided into 5 segments, each needs one; "
             "set segments.indices to [0, 1, 2, 3] or fewer, or train.checkpoints to more",

@@ -288,9 +288,10 @@ def test_what_cannot_be_is_refused():
         ValueError, match=r"the model's outputs are \(\), the targets \(12,\); expected as many values per example"
     ):
         Regression().losses(Function(torch.mean), Examples(train.x, train.x[:, 0]).batch(whole))
-    broken = Examples(torch.where(torch.arange(3)[:, None] == 1, torch.nan, queries.x), queries.y)
+    broken = Fitted(run, task, train, Examples(queries.x.clone(), queries.y), Settings())
+    broken.queries.x[1] = torch.nan
     with pytest.raises(ValueError, match="the gradients of 1 of 3 queries are not finite, such as 1; expected finite inputs"):
-        attribute("averaged_influence", run, task, train, broken)
+        _ = broken.query_gradients
     with pytest.raises(ValueError, match="the learning rates of the run's 12 steps sum to 0; expected a run that has learned"):
         attribute("source", replace(run, learning_rates=np.zeros(12)), task, train, queries)
     with pytest.raises(ValueError, match="12 inputs and 3 targets"):
@@ -407,3 +408,12 @@ def test_a_model_whose_weights_are_mostly_not_followed_is_told_of():
         warnings.simplefilter("error")
         attribute("gradient_dot", run, task, train, queries, layers="head")  # chosen so
         attribute("gradient_dot", *setting("classification"))
+
+
+@pytest.mark.parametrize(("side", "name"), [(0, "inputs"), (1, "targets")])
+def test_examples_that_are_no_numbers_are_named(side, name):
+    values = [torch.randn(4, 3), torch.randn(4, 1)]
+    Examples(*values).check_finite("rows")
+    values[side][2, 0] = torch.nan
+    with pytest.raises(ValueError, match=f"rows: the {name} of 1 of 4 rows are not finite, such as that of row 2; expected"):
+        Examples(*values).check_finite("rows")

@@ -237,6 +237,18 @@ def test_buffers_shared_layers_and_unused_parameters(optimizer):
     torch.testing.assert_close(scores[:, [0, 5]], differences, rtol=1e-5, atol=1e-8)
 
 
+def test_batch_norms_that_learned_statistics_are_named():
+    model = WithExtras()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    recorder = Recorder(model, optimizer, num_steps=2, num_checkpoints=1)
+    for _ in range(2):
+        model.train()(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        recorder.step(range(4))
+    with pytest.raises(ValueError, match="replay: norm normalised by batches while it was trained"):
+        replay(recorder.run, Classification(), examples())
+
+
 def test_scores_predict_leave_one_out_retraining_of_a_regression():
     """Sign and size, with mini-batches, momentum and decay: the cost really rises when rows that help are left out."""
     generator = torch.Generator().manual_seed(0)
