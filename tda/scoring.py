@@ -82,6 +82,16 @@ class Attribution:
             kept = inside * u.square().sum(dim=1) / _squared_norms(response)
             yield self.segments[dynamics.index], u, kept.double().cpu().numpy()
 
+    def rows_asked(self, query: Gradients) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+        """Of every checkpoint, the last segment's first: what documents received there, and what SOURCE multiplies their rows by.
+
+        A document's score for a query is the sum of `received` times its row's dot product with the query's (query, values).
+        """
+        for segment, u, _kept in self.responses(query):
+            received = received_per_checkpoint(segment, self.exposure)
+            for checkpoint in segment.checkpoints:
+                yield checkpoint, received, u
+
     def as_rows(self, response: Gradients, segment: int) -> Tensor:
         """What stored rows of a segment are multiplied by: a response in projected space as it is, else its projection."""
         layers = self.factors[0].layers
@@ -235,12 +245,8 @@ def asked_of_rows(config: Config, workspace: Workspace, attribution: Attribution
 
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
     """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
-    values = np.zeros(len(attribution.exposure))
-    for segment, u, _kept in attribution.responses(_mean_gradient(config, workspace, attribution, queries)):
-        received = received_per_checkpoint(segment, attribution.exposure)
-        for checkpoint in segment.checkpoints:
-            values += received * dot(checkpoint, u)[:, 0]
-    return values
+    query = _mean_gradient(config, workspace, attribution, queries)
+    return sum(received * dot(checkpoint, u)[:, 0] for checkpoint, received, u in attribution.rows_asked(query))
 
 
 def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
@@ -252,15 +258,13 @@ def source_extremes(config: Config, workspace: Workspace, attribution: Attributi
     query = _mean_gradient(config, workspace, attribution, queries)
     parts = []
     approximate, squares = np.zeros(len(documents)), np.zeros(len(documents))
-    for segment, responses, _kept in attribution.responses(query):
-        received = received_per_checkpoint(segment, attribution.exposure)
-        u = responses.float().cpu().numpy()
-        for checkpoint in segment.checkpoints:
-            table = open_sealed(workspace.store, attribution.manifests[checkpoint])
-            sketch = open_sketch(table, attribution.manifests[checkpoint], documents)
-            approximate += received * sketch.scores(u[0])
-            squares += (received * np.linalg.norm(u) * sketch.norms.numpy()) ** 2
-            parts.append((received, table, sketch.places.numpy(), u))
+    for checkpoint, received, response in attribution.rows_asked(query):
+        u = response.float().cpu().numpy()
+        table = open_sealed(workspace.store, attribution.manifests[checkpoint])
+        sketch = open_sketch(table, attribution.manifests[checkpoint], documents)
+        approximate += received * sketch.scores(u[0])
+        squares += (received * np.linalg.norm(u) * sketch.norms.numpy()) ** 2
+        parts.append((received, table, sketch.places.numpy(), u))
 
     def exact(rows: np.ndarray) -> np.ndarray:
         asked = [documents[row] for row in rows.tolist()]

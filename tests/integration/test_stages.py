@@ -12,23 +12,15 @@ import pytest
 import torch
 import yaml
 
-from tda import stages
 from tda.artifacts import Workspace, read_json, write_json, write_table
 from tda.config import Config
 from tda.data import load_documents
 from tda.dynamics import curvature_rows, load_exposure, load_segments
 from tda.factors import load_factors
 from tda.query import answer
-from tests.toy import toy_config, write_corpus
+from tests.toy import run_stages, toy_config, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
-
-
-def run(config: Config, workspace: Workspace, *names: str) -> None:
-    for name in names:
-        parts = {"curvature": config.segments.indices, "gradients": config.train.checkpoints}.get(name)
-        for arguments in [(part,) for part in parts] if parts else [()]:
-            getattr(stages, name)(config, workspace, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +29,7 @@ def done(tmp_path_factory) -> tuple[Config, Workspace]:
     folder = tmp_path_factory.mktemp("toy")
     write_corpus(folder)
     config, workspace = toy_config(folder), Workspace(folder)
-    run(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    run_stages(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
     return config, workspace
 
 
@@ -85,7 +77,7 @@ def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy)
 
     config, workspace = toy
     config = toy_config(workspace.root, gradients__rank=64, gradients__dtype="float32")
-    run(config, workspace, "gradients", "scores")
+    run_stages(config, workspace, "gradients", "scores")
     documents = load_documents(workspace.documents)
     attribution = load_attribution(config, workspace, documents)
     queries = load_documents(workspace.targets, half="score")
@@ -110,7 +102,7 @@ def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy)
 
 def test_the_rest_of_the_pipeline_and_a_verdict(toy):
     config, workspace = toy
-    run(config, workspace, "curation", "retraining", "evaluation", "report")
+    run_stages(config, workspace, "curation", "retraining", "evaluation", "report")
     manifest = pl.read_parquet(workspace.manifest)
     dropped = int((~manifest["keep"]).sum())
     assert 0 < dropped <= config.curation.drop * len(manifest)
@@ -154,7 +146,7 @@ def test_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(toy, tmp_
 
     monkeypatch.setattr(tda.run, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(config, again, "train")
+        run_stages(config, again, "train")
     assert not again.training.exists()
     monkeypatch.setattr(tda.run, "save_checkpoint", save)
     taken: list[int] = []
@@ -164,7 +156,7 @@ def test_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(toy, tmp_
         "train",
         lambda model, documents, steps, *a, **k: (taken.append(len(steps)), train(model, documents, steps, *a, **k)),
     )
-    run(config, again, "train")
+    run_stages(config, again, "train")
     assert taken[0] < read_json(again.training, stage="train")["num_steps"]
     assert again.training.read_bytes() == workspace.training.read_bytes()
     assert again.trajectory.read_bytes() == workspace.trajectory.read_bytes()
@@ -187,7 +179,7 @@ def test_checkpoints_are_attributed_at_their_mean_weights(toy, tmp_path):
 
     plain = Workspace(tmp_path / "plain")
     shutil.copytree(workspace.documents.parent, plain.documents.parent)
-    run(config.model_copy(update={"train": config.train.model_copy(update={"attribute_at": "last"})}), plain, "train")
+    run_stages(config.model_copy(update={"train": config.train.model_copy(update={"attribute_at": "last"})}), plain, "train")
     assert not (plain.checkpoint(1) / "mean.safetensors").exists()
     assert torch.equal(dict(load_checkpoint(plain, 1).named_parameters())["model.norm.weight"], last["model.norm.weight"])
     assert weights_digest(plain.checkpoint(1)) != weights_digest(workspace.checkpoint(1))
@@ -239,7 +231,7 @@ def test_what_does_not_fit_is_refused(toy, spoil, stage, message):
     config, workspace = toy
     spoil(workspace)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run(config, workspace, stage)
+        run_stages(config, workspace, stage)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(toy):
@@ -249,14 +241,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(toy):
     shape = config.train.architecture.model_copy(update={"num_layers": 1})
     build_model(shape, vocabulary=300, context=24, seed=0).save_pretrained(workspace.checkpoint(3) / "model")
     with pytest.raises(ValueError, match="a checkpoint of another architecture than the run"):
-        run(config, workspace, "gradients")
+        run_stages(config, workspace, "gradients")
 
 
 def test_a_store_made_with_other_weights_is_refused(toy):
     config, workspace = toy
     shutil.copy(workspace.checkpoint(2) / "mean.safetensors", workspace.checkpoint(3) / "mean.safetensors")
     with pytest.raises(ValueError, match="rows made with other weights"):
-        run(config, workspace, "scores")
+        run_stages(config, workspace, "scores")
 
 
 def test_more_segments_than_checkpoints_are_refused(toy):
@@ -264,7 +256,7 @@ def test_more_segments_than_checkpoints_are_refused(toy):
     config, workspace = toy
     config = config.model_copy(update={"segments": config.segments.model_copy(update={"indices": [0, 1, 2, 3, 4]})})
     with pytest.raises(ValueError, match="4 checkpoints cannot be divided into 5 segments"):
-        run(config, workspace, "segments")
+        run_stages(config, workspace, "segments")
 
 
 def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy):
@@ -278,7 +270,7 @@ def test_projected_space_scores_agree_with_full_space_where_the_rank_is_full(toy
         gradients__rank=64,
         gradients__dtype="float32",
     )
-    run(config, workspace, "curvature", "gradients", "scores")
+    run_stages(config, workspace, "curvature", "gradients", "scores")
     projected = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
     assert np.corrcoef(full, projected)[0, 1] > 0.9
 
@@ -294,7 +286,7 @@ def test_curvature_from_the_stored_rows(toy, monkeypatch):
     _config, workspace = toy
     settings = {"gradients__projection": "random", "gradients__rank": 3, "gradients__dtype": "float32"}
     config = toy_config(workspace.root, curvature__space="rows", curvature__num_documents=20, **settings)
-    run(config, workspace, "curvature", "gradients", "scores")
+    run_stages(config, workspace, "curvature", "gradients", "scores")
     held = load_factors(workspace.curvature(0))
     assert not held.plain  # no pass has fitted anything
     documents = load_documents(workspace.documents)
@@ -328,14 +320,14 @@ def test_projected_space_wants_random_projections(toy, space):
     _config, workspace = toy
     config = toy_config(workspace.root, curvature__space=space)
     with pytest.raises(ValueError, match=r"expected gradients\.projection: random.*got eigenbasis"):
-        run(config, workspace, "curvature")
+        run_stages(config, workspace, "curvature")
 
 
 @pytest.mark.parametrize("adam", ["none", "symmetric"])
 def test_other_forms_of_the_preconditioner_run(toy, adam):
     _config, workspace = toy
     config = toy_config(workspace.root, curvature__adam=adam)
-    run(config, workspace, "curvature", "gradients", "scores")
+    run_stages(config, workspace, "curvature", "gradients", "scores")
     values = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
     assert np.isfinite(values).all()
     assert values.std() > 0
@@ -344,14 +336,14 @@ def test_other_forms_of_the_preconditioner_run(toy, adam):
 def test_an_unknown_curation_method_is_refused(toy):
     _config, workspace = toy
     with pytest.raises(ValueError, match="unknown method 'taste'; known are averaged_influence, source, ekfac_influence"):
-        run(toy_config(workspace.root, curation__method="taste"), workspace, "curation")
+        run_stages(toy_config(workspace.root, curation__method="taste"), workspace, "curation")
 
 
 def test_a_run_of_sgd_needs_no_optimizer_state(tmp_path):
     write_corpus(tmp_path)
     config = toy_config(tmp_path, train__optimizer="sgd", train__learning_rate=0.3)
     workspace = Workspace(tmp_path)
-    run(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
+    run_stages(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
     assert read_json(workspace.training, stage="train")["momentum"] == 0.9
     assert load_segments(workspace)[0].mean_learning_rate > 1  # 0.3 with warm-up, over 1 - 0.9
 
@@ -409,19 +401,19 @@ def test_torch_threads_stay_one(done):
 def test_a_run_that_diverges_says_so(tmp_path):
     write_corpus(tmp_path)
     config, workspace = toy_config(tmp_path, train__learning_rate=1e18, train__max_gradient_norm=0.0), Workspace(tmp_path)
-    run(config, workspace, "prepare")
+    run_stages(config, workspace, "prepare")
     with pytest.raises(ValueError, match=r"the loss of step \d+ is (nan|inf)"):
-        run(config, workspace, "train")
+        run_stages(config, workspace, "train")
     assert not workspace.training.exists()
 
 
 def test_an_adopted_decision_of_other_documents_is_refused(toy):
     config, workspace = toy
-    run(config, workspace, "curation")
+    run_stages(config, workspace, "curation")
     table = pl.read_parquet(workspace.manifest)
     write_table(workspace.manifest, table.head(10))
     with pytest.raises(ValueError, match="decides on other documents"):
-        run(config, workspace, "retraining")
+        run_stages(config, workspace, "retraining")
 
 
 def test_write_json_is_the_same_bytes_for_equal_values(tmp_path):
@@ -437,7 +429,7 @@ def test_scores_are_the_same_however_few_queries_are_in_memory_at_once(toy, monk
     kept = read_json(workspace.scoring, stage="scores")["projection_keeps"]
     monkeypatch.setattr("tda.scoring.QUERY_VALUES", 1)
     monkeypatch.setattr("tda.scoring.ASKED_VALUES", asked_values)
-    run(config, workspace, "scores")
+    run_stages(config, workspace, "scores")
     scores = pl.read_parquet(workspace.scores)
     for name in (name for name in scores.columns if name.startswith("score_")):
         np.testing.assert_allclose(scores[name], expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max())

@@ -12,9 +12,14 @@ from tda.packing import gathered, pack, pack_plan, packs, spread, within_documen
 from tda.projection import random_projections
 from tda.row_layers import decoder_layers, row_layers
 from tda.task import CausalLM
-from tests.helpers import VOCABULARY, random_documents, tiny_gpt2, tiny_llama
+from tests.helpers import VOCABULARY, random_documents, tiny_gpt2, tiny_llama, with_adapter
 
-MODELS = {"llama": tiny_llama, "llama untied": lambda: tiny_llama(tie=False), "gpt2": tiny_gpt2}
+MODELS = {
+    "llama": tiny_llama,
+    "llama untied": lambda: tiny_llama(tie=False),
+    "gpt2": tiny_gpt2,
+    "adapted": lambda: with_adapter(tiny_llama()).base_model.model,
+}
 ROWS = [4, 0, 7, 2]
 FILL = 50  # more than the documents in ROWS have
 
