@@ -23,7 +23,7 @@ from tda.artifacts import Workspace, read_json, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
-from tda.model import load_model, num_parameters, trained_parameters
+from tda.model import freeze, load_model, num_parameters, num_trained_parameters, trained_parameters
 
 # Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -68,6 +68,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
         {
             "architecture_digest": architecture_digest(model),
             "num_parameters": num_parameters(model),
+            "num_trained_parameters": num_trained_parameters(freeze(model, frozen)),
             "num_documents": len(documents),
             "num_tokens": int(documents.lengths.sum()),
             "num_steps": num_steps,

@@ -36,7 +36,7 @@ from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import build_model, load_model, num_parameters, trained_parameters
+from tda.model import build_model, load_model, num_parameters, num_trained_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
 from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
@@ -150,7 +150,7 @@ def sample_model(config: Config, *, vocabulary: int, blocks: int = 0) -> tuple[n
 
     with torch.device("meta"):
         whole = made(number, size)
-    parameters, trained = num_parameters(whole), sum(one.numel() for one in trained_parameters(whole).values())
+    parameters, trained = num_parameters(whole), num_trained_parameters(whole)
     cut = min(size, CUT_VOCABULARY) if parameters * TRAINING_BYTES > free_memory() / 4 else size
     model = made(min(blocks or number, number), cut)
     shapes = costs.shapes_of(model)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from tda.ekfac import strip_width
-from tda.model import Layer, num_parameters, tracked_layers, trained_parameters
+from tda.model import Layer, num_parameters, num_trained_parameters, tracked_layers
 from tda.stored_rows import stored_bytes
 
 FLOAT = 4  # bytes of a float32
@@ -361,16 +361,15 @@ def shapes_of(model: nn.Module) -> Decoder:
     body = [(place, layer) for place, layer in enumerate(layers) if (layer.d_in, layer.d_out) != (hidden, vocabulary)]
     each = len(body) // blocks
     starts = range(0, blocks * each, each)
-    counted = num_parameters(model)
     return tracking(
         Decoder(
             tuple(layers),
             (),
             tuple(Block(_after_projections(body[start : start + each], trained), heads * size) for start in starts),
             (hidden, vocabulary),
-            counted,
+            num_parameters(model),
             frozen=frozenset(layer.name for layer in layers if layer.name not in trained),
-            frozen_parameters=counted - sum(parameter.numel() for parameter in trained_parameters(model).values()),
+            frozen_parameters=num_parameters(model) - num_trained_parameters(model),
         ),
         ".*",
     )

@@ -305,6 +305,11 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_trained_parameters(model: nn.Module) -> int:
+    """Those that are not frozen, shared ones counted once."""
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are not frozen, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -15,7 +15,7 @@ from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
 from tda.means import RunningMean
-from tda.model import build_model, load_model, num_parameters
+from tda.model import build_model, load_model, num_parameters, num_trained_parameters
 from tda.parallel import piece_done, progress_is_shown
 from tda.train import (
     Taken,
@@ -103,6 +103,7 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
         {
             "architecture_digest": architecture_digest(model),
             "num_parameters": num_parameters(model),
+            "num_trained_parameters": num_trained_parameters(model),
             "num_documents": len(documents),
             "num_tokens": int(documents.lengths.sum()),
             "num_steps": len(steps),

@@ -98,6 +98,8 @@ def test_the_rest_of_the_pipeline_retrains_adapters_from_one_start(done, tmp_pat
     runs = pl.read_parquet(Workspace(tmp_path).retraining)
     assert runs.group_by("arm").len().sort("arm").rows() == [("all", 2), ("curated", 2), ("random", 2)]
     assert runs["target_loss"].n_unique() == len(runs)
+    page = Workspace(tmp_path).report.read_text(encoding="utf-8")
+    assert f", of which {sum(map(torch.numel, trained_parameters(load_checkpoint(workspace, 0)).values())):,} are trained" in page
     first = read_json(workspace.training, stage="train")["final_loss"]
     assert runs.filter(arm="all", seed=0)["train_loss"].item() == pytest.approx(first, rel=1e-6)  # the run, once more
 
