@@ -46,8 +46,9 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     heldout = load_documents(workspace.heldout)
     vocabulary = tokenizer_size(workspace)
     device, frozen = device_of(config.compute), read_json(workspace.training, stage="train").get("frozen", [])
-    continued = adapter_in(config.train.model) is not None  # its start is an adapter that is there, and no new one
-    adapter = None if continued else adapter_in(workspace.checkpoint(0) / "model")
+    adapter = adapter_in(workspace.checkpoint(0) / "model")
+    if adapter is not None and adapter_in(config.train.model) is not None:
+        adapter = None  # training starts from the one that is there, not from a new one
     work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
 
     def one(run: tuple[int, str]) -> Path:

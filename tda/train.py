@@ -110,7 +110,7 @@ def learning_rates(recipe: Train, num_steps: int) -> list[float]:
 
 def make_optimizer(model: nn.Module, recipe: Train) -> torch.optim.Optimizer:
     """AdamW (decoupled weight decay) or SGD with heavy-ball momentum (coupled); decay on all matrices, none on vectors."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = trained_parameters(model).values()
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},

@@ -100,9 +100,14 @@ def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy)
     assert read_json(workspace.scoring, stage="scores")["projection_keeps"] == pytest.approx([1, 1], abs=1e-5)
 
 
-def test_the_rest_of_the_pipeline_and_a_verdict(toy):
+def test_the_rest_of_the_pipeline_and_a_verdict(toy, monkeypatch):
+    from tda import retrain
+
     config, workspace = toy
+    asked: list[Path | str] = []
+    monkeypatch.setattr(retrain, "adapter_in", lambda place: asked.append(place))
     run_stages(config, workspace, "curation", "retraining", "evaluation", "report")
+    assert config.train.model not in asked  # "llama" is no hub id: nothing may be looked up on the network
     manifest = pl.read_parquet(workspace.manifest)
     dropped = int((~manifest["keep"]).sum())
     assert 0 < dropped <= config.curation.drop * len(manifest)
