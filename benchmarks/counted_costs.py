@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import count_flops
+from benchmarks.common import SHAPES, count_flops
 from benchmarks.peers import DRIVERS, PeerError, run_driver
 from benchmarks.peers_speed import hand_over
 from tda import costs
@@ -42,26 +42,7 @@ from tda.streaming import HostBuffers
 from tda.task import CausalLM
 from tda.text_table import text_table
 
-SHAPES = {
-    "Llama-3-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
-    "Llama-3.2-1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-}
+LARGE = ("Llama-3-8B", "Llama-3.2-1B")
 WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 BODY = r"model\..*"  # the peers' rows are of the body alone
 CONTEXT, RANK, BATCH_TOKENS, DOCUMENTS = 512, 64, 16 * 512, 120
@@ -409,7 +390,7 @@ def counted_peers(shape: str, *, narrow: int, peers: Sequence[str]) -> tuple[dic
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="separated by commas")
+    parser.add_argument("--shapes", default=",".join(LARGE), help="separated by commas")
     parser.add_argument("--narrow", type=int, default=16, help="what widths are divided by for peers and compilation")
     parser.add_argument("--peers", default=",".join(PEERS), help="separated by commas")
     parser.add_argument("--no-compile", action="store_true", help="do not compile, which takes a minute or two")

@@ -129,15 +129,15 @@ def drive(peer: str, method: str, folder: Path) -> Scored:
     return Scored(np.load(folder / "scores.npy"), Usage(**usage))
 
 
-def run_driver(peer: str, driver: Path, *arguments: str | Path, threads: int = 1) -> None:
-    """Run a driver under the peer's interpreter; "ours" is this one.
+def run_driver(peer: str, driver: Path, *arguments: str | Path, threads: int = 1, on_gpu: bool = False) -> None:
+    """Run a driver under the peer's interpreter; "ours" is this one. It sees no GPU but where it is to run on one.
 
     Raises:
         PeerError: the peer is not there, or the driver failed.
     """
     command = [Path(sys.executable) if peer == OURSELVES else interpreter(peer), driver, *arguments]
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | quiet
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | quiet | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
     if peer == OURSELVES:
         environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -24,7 +24,7 @@ from tda.packing import pack, pack_plan, packs, within_documents
 from tda.parallel import device_of, num_workers, worker_pool
 from tda.projection import Projection
 from tda.row_layers import row_layers
-from tda.store import open_table
+from tda.store import GradientTable, open_table
 from tda.stored_rows import Rows
 from tda.streaming import Copy, HostBuffers, in_background, start_copy
 from tda.task import CausalLM
@@ -72,10 +72,13 @@ def _check_weights(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RowEngine:
-    """How documents become rows: their batches, by their lengths, and a batch's rows and mean losses, on the device."""
+    """How documents become rows: their batches, by their lengths, and a batch's numbers on the device.
+
+    Numbers are (document, values + 1) in float32: the row and, in the last column, the mean loss, so that both are one copy.
+    """
 
     plan: Callable[[np.ndarray], list[list[int]]]
-    rows: Callable[[Documents, list[int]], tuple[Tensor, Tensor]]
+    numbers: Callable[[Documents, list[int]], Tensor]
 
 
 @contextlib.contextmanager
@@ -105,20 +108,20 @@ def row_engine(
         )
     if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or not packs(model))):
 
-        def eager(documents: Documents, rows: list[int]) -> tuple[Tensor, Tensor]:
+        def eager(documents: Documents, rows: list[int]) -> Tensor:
             take = functools.partial(gradient_rows, model, layers, task=CausalLM(), projections=held)
             lengths = documents.lengths[rows]
             if lengths.sum() > (1 - WORTH_PACKING) * len(rows) * lengths.max() or not packs(model):
-                return take(documents.batch(rows).to(device))
+                return _numbers(*take(documents.batch(rows).to(device)))
             with within_documents(model):
-                return take(pack(documents, rows).to(device, copy=copy))
+                return _numbers(*take(pack(documents, rows).to(device, copy=copy)))
 
         yield RowEngine(functools.partial(batch_plan, batch_tokens=batch_tokens), eager)
         return
     with row_layers(model, layers, task=CausalLM(), projections=held) as rows_of:
 
-        def packed(documents: Documents, rows: list[int]) -> tuple[Tensor, Tensor]:
-            return rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy))
+        def packed(documents: Documents, rows: list[int]) -> Tensor:
+            return _numbers(*rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy)))
 
         yield RowEngine(functools.partial(pack_plan, batch_tokens=batch_tokens), packed)
 
@@ -139,12 +142,11 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device, copy=copy))
 
-        def rows_of(batch_rows: list[int]) -> Tensor | np.ndarray:
-            rows, losses = engine.rows(documents, batch_rows)
-            both = torch.cat([rows.float(), losses.float()[:, None]], dim=1)  # one copy to the host
-            return both.numpy() if both.device.type == "cpu" else both  # as an array it can come from another process
+        def numbers_of(rows: list[int]) -> Tensor | np.ndarray:
+            numbers = engine.numbers(documents, rows)
+            return numbers.numpy() if device.type == "cpu" else numbers  # as an array it can come from another process
 
-        call = stack.enter_context(worker_pool(rows_of, workers=num_workers(config.compute)))
+        call = stack.enter_context(worker_pool(numbers_of, workers=num_workers(config.compute)))
         table = open_table(
             workspace.store,
             checkpoint=checkpoint,
@@ -158,12 +160,29 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         plan = [[new[place] for place in batch] for batch in engine.plan(documents.lengths[new])]
         missing = [batch for batch in plan if _lacking(documents, batch, present)]
         table.check_space(sum(map(len, missing)))
-        results = call(missing, f"gradients at checkpoint {checkpoint}", "batch")
-        buffers = HostBuffers(max(map(len, missing), default=0), dim + 1, device=device, copy=copy)
-        copies = ((rows, buffers.fetch(torch.as_tensor(result))) for rows, result in zip(missing, results, strict=True))
-        in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
+        numbers = call(missing, f"gradients at checkpoint {checkpoint}", "batch")
+        write_rows(table, documents, missing, map(torch.as_tensor, numbers), device=device, copy=copy)
         layers = [{"name": name, "rows": held.P_o.shape[1], "columns": held.P_i.shape[1]} for name, held in projections.items()]
         return table.seal(list(zip(documents.ids, documents.content_hashes, strict=True)), layers=layers)
+
+
+def write_rows(
+    table: GradientTable,
+    documents: Documents,
+    batches: Sequence[list[int]],
+    numbers: Iterable[Tensor],
+    *,
+    device: torch.device,
+    copy: Copy = start_copy,
+) -> None:
+    """Write `RowEngine.numbers` of every batch: one copy to the host, where a thread writes them while the next are computed."""
+    buffers = HostBuffers(max(map(len, batches), default=0), table.dim + 1, device=device, copy=copy)
+    copies = ((rows, buffers.fetch(one)) for rows, one in zip(batches, numbers, strict=True))
+    in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
+
+
+def _numbers(rows: Tensor, losses: Tensor) -> Tensor:
+    return torch.cat([rows.float(), losses.float()[:, None]], dim=1)
 
 
 def _lacking(documents: Documents, rows: Iterable[int], present: dict[str, str]) -> list[int]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from speed_handover import SAMPLED, TRUE, Handover, floor
+from speed_handover import SAMPLED, TRUE, Handover, passes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop
 
@@ -21,7 +21,7 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     handed = Handover(folder)
     counts = {}
-    for kind, action in ({"floor": floor(handed)} | importlib.import_module(f"speed_{name}").actions(handed)).items():
+    for kind, action in passes(handed, importlib.import_module(f"speed_{name}").actions).items():
         action(TRUE)
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, sdpa_kernel(SDPBackend.MATH):
             action(SAMPLED)

@@ -23,6 +23,7 @@ def actions(handed: Handover) -> dict[str, Action]:
     logging.disable(logging.INFO)
     folder, numbers = handed.folder / "bergson", count()
     config = IndexConfig(run_path=str(folder / "rows"), model=str(handed.folder / "model"), projection_dim=handed.about["rank"])
+    config.precision = {"float32": "fp32", "bfloat16": "bf16"}[handed.about["dtype"]]
     model, _targets = setup_model_and_peft(config)
     model.eval()
     rows = Dataset.from_dict({"input_ids": handed.tokens.tolist(), "length": [handed.tokens.shape[1]] * len(handed.tokens)})

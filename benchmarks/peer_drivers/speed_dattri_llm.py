@@ -82,7 +82,7 @@ def actions(handed: Handover) -> dict[str, Action]:
         found = fitted.result()
         return {f"{letter}.{name}": found[name][place] for place, letter in enumerate("AS") for name in handed.about["checked"]}
 
-    arguments = AttributionArguments(output_dir=str(folder / "scores"), use_cpu=True)
+    arguments = AttributionArguments(output_dir=str(folder / "scores"), use_cpu=handed.device.type == "cpu")
     fitter = EKFACAttributor(arguments, task=AttributionTask(loss, model))
     ops.kfac_eigh = lambda Q_A, Q_S: (None, Q_A, None, Q_S)  # what is handed in as covariances are the bases themselves
     inputs, outputs = handed.bases()

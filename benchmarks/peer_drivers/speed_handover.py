@@ -6,6 +6,8 @@ covariance of that size: what a pass costs does not depend on them, and with the
 actions; the answers go to `answers.safetensors`, the seconds to `speed.json`.
 """
 
+import contextlib
+import copy
 import json
 import os
 import resource
@@ -40,7 +42,7 @@ class Handover:
 
     @cached_property
     def about(self) -> dict:
-        """`layers` (name, d_in, d_out), `checked` layers, `batch_rows`, `rank`, `rounds`, `num_checked_rows`, `seed`."""
+        """`layers` (name, d_in, d_out), `checked` ones, `passes`, sizes, `device`, `dtype`, `seed`: as `hand_over` there writes it."""
         return json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
 
     @cached_property
@@ -49,23 +51,35 @@ class Handover:
         return torch.from_numpy(np.load(self.folder / "tokens.npy"))
 
     @property
+    def device(self) -> torch.device:
+        """Where the model and all passes are."""
+        return torch.device(self.about["device"])
+
+    @property
     def layers(self) -> list[str]:
         """Names of those that are tracked."""
         return [layer["name"] for layer in self.about["layers"]]
 
     def batches(self) -> Iterator[Tensor]:
-        """The rows in their order."""
-        yield from self.tokens.split(self.about["batch_rows"])
+        """The rows in their order, on the device."""
+        for tokens in self.tokens.split(self.about["batch_rows"]):
+            yield tokens.to(self.device)
 
     def batch_plan(self) -> list[list[int]]:
         """The same as row numbers."""
         return [rows.tolist() for rows in torch.arange(len(self.tokens)).split(self.about["batch_rows"])]
 
     def model(self) -> nn.Module:
-        """The model, in eval mode."""
+        """The model on the device, in eval mode. Every call gives modules of its own, whose weights are in memory once."""
+        held = {id(tensor): tensor for tensor in (*self._loaded.parameters(), *self._loaded.buffers())}
+        return copy.deepcopy(self._loaded, memo=held)
+
+    @cached_property
+    def _loaded(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32).eval()
+        dtype = getattr(torch, self.about["dtype"])
+        return AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=dtype).to(self.device).eval()
 
     def bases(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of every layer the matrix of its inputs and that of its outputs."""
@@ -88,23 +102,53 @@ def floor(handed: Handover) -> Action:
     return work
 
 
+def passes(handed: Handover, actions: Callable[[Handover], dict[str, Action]]) -> dict[str, Action]:
+    """The floor, and those of the driver's actions that are asked for."""
+    known = actions(handed)
+    return {"floor": floor(handed)} | {name: known[name] for name in handed.about["passes"] if name in known}
+
+
 def drive(actions: Callable[[Handover], dict[str, Action]]) -> None:
     """`DRIVER FOLDER`: get the answers with true labels, which is the warm-up too; then every round all actions in turns."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     handed = Handover(Path(sys.argv[1]))
+    if handed.device.type == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.manual_seed(handed.about["seed"])
-    held = {"floor": floor(handed)} | actions(handed)
+    held = passes(handed, actions)
     answers: dict[str, Tensor] = {}
     for action in held.values():
         answers |= {name: value.float().contiguous() for name, value in action(TRUE).items()}
     save_file(answers, handed.folder / "answers.safetensors")
     answers.clear()
-    spent: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in held}
+    measured: list[dict] = []
     for _ in range(handed.about["rounds"]):
         for name, action in held.items():
-            before, start = time.process_time(), time.perf_counter()
-            action(SAMPLED)
-            spent[name]["wall"].append(time.perf_counter() - start)
-            spent[name]["cpu"].append(time.process_time() - before)
-    (handed.folder / "speed.json").write_text(json.dumps({"seconds": spent, "peak_mib": peak_mib()}), encoding="utf-8")
+            with memory_on_gpu(handed) as memory:
+                before, start = time.process_time(), time.perf_counter()
+                action(SAMPLED)
+                synchronise(handed.device)
+                wall, cpu = time.perf_counter() - start, time.process_time() - before
+            measured.append({"pass": name, "wall": wall, "cpu": cpu, **memory})
+    (handed.folder / "speed.json").write_text(json.dumps({"measured": measured, "peak_mib": peak_mib()}), encoding="utf-8")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def memory_on_gpu(handed: Handover) -> Iterator[dict[str, float]]:
+    """`gpu_gib`: the most that the block takes on a GPU beyond what is there already, and the weights, once."""
+    found: dict[str, float] = {}
+    if handed.device.type != "cuda":
+        yield found
+        return
+    synchronise(handed.device)
+    before = torch.cuda.memory_allocated(handed.device)
+    torch.cuda.reset_peak_memory_stats(handed.device)
+    yield found
+    weights = sum(parameter.nbytes for parameter in handed.model().parameters())
+    found["gpu_gib"] = (torch.cuda.max_memory_allocated(handed.device) - before + weights) / 2**30

@@ -38,7 +38,7 @@ def actions(handed: Handover) -> dict[str, Action]:
     logging.disable(logging.INFO)
     task = MaskedTask(handed)
     task.get_influence_tracked_modules = lambda: handed.layers
-    model, state = prepare_model(handed.model(), task), State(cpu=True)
+    model, state = prepare_model(handed.model(), task), State(cpu=handed.device.type == "cpu")
     loader = DataLoader(TensorDataset(handed.tokens), batch_size=handed.about["batch_rows"])
     inputs, outputs = handed.bases()
     eigen = {ACTIVATION_EIGENVECTORS_NAME: inputs, GRADIENT_EIGENVECTORS_NAME: outputs}

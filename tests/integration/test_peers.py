@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -140,9 +141,19 @@ def test_speed_is_of_right_answers_and_names_a_peer_that_is_not_there(tmp_path, 
     assert "left out: bergson" in said
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler, which inductor needs")
+def test_speed_is_measured_as_on_a_gpu(capsys):
+    sizes = ["--rows", "3", "--batch-rows", "2", "--context", "8", "--rank", "2", "--rounds", "1", "--sources", "ours"]
+    peers_speed.main([*sizes, "--passes", "compiled floor,rows", "--compile", "always", "--dtype", "bfloat16"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["left_out"] == {}
+    assert result["sources"]["ours"].keys() == {"peak_mib", "floor", "compiled floor", "rows"}
+    assert 0 < result["largest_differences"]["ours"]["rows"] < 0.05  # bfloat16 has 8 bits
+
+
 def test_speed_of_a_wrong_answer_is_refused():
     expected = peers_speed.Expected.__new__(peers_speed.Expected)
-    expected.first = {}
+    expected.first, expected.tolerance = {}, peers_speed.TOLERANCE["float32"]
     right = {"A.layer": torch.eye(3), "Lambda.layer": torch.tensor([[1.0, 2.0]])}
     assert expected.check("ours", right) == {"A": 0.0, "Lambda": 0.0}
     assert expected.check("theirs", {"A.layer": 7 * torch.eye(3)}) == {"A": 0.0}  # a mean in place of a sum
@@ -153,3 +164,5 @@ def test_speed_of_a_wrong_answer_is_refused():
 def test_speed_of_an_unknown_source_is_refused():
     with pytest.raises(SystemExit, match="peers_speed: unknown captum; expected some of ours"):
         peers_speed.main(["--sources", "captum"])
+    with pytest.raises(SystemExit, match="peers_speed: unknown eigenvectors; expected some of compiled floor, rows"):
+        peers_speed.main(["--passes", "eigenvectors"])

@@ -3,7 +3,7 @@ import torch
 
 from benchmarks import counted_costs
 from benchmarks.counted_costs import (
-    SHAPES,
+    LARGE,
     Waits,
     compiled_layer,
     counted_curvature,
@@ -20,7 +20,7 @@ from tda.fit_factors import SHARE_OF_FREE
 WITHIN = 1.05
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", LARGE)
 def test_rows_cost_what_the_method_needs_and_a_batch_is_two_copies(shape):
     found = counted_rows(made_case(shape, num_layers=2))
     assert 1 <= found["share_of_least"] <= WITHIN
@@ -29,7 +29,7 @@ def test_rows_cost_what_the_method_needs_and_a_batch_is_two_copies(shape):
     assert found["fill"] < 1.01
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", LARGE)
 def test_curvature_passes_cost_what_the_method_needs(shape):
     found = counted_curvature(made_case(shape))
     assert 1 <= found["eigenvalues"]["share_of_least"] <= WITHIN

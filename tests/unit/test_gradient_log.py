@@ -57,8 +57,7 @@ def rows_by_document(config, made):
     found = {}
     with row_engine(config, model, layers, projections, device=CPU) as engine:
         for batch in engine.plan(documents.lengths):
-            vectors, losses = engine.rows(documents, batch)
-            found |= {row: torch.cat([vectors[at], losses[at][None]]) for at, row in enumerate(batch)}
+            found |= dict(zip(batch, engine.numbers(documents, batch), strict=True))
     return torch.stack([found[row] for row in range(len(documents))])
 
 
@@ -108,8 +107,7 @@ def test_a_batch_is_one_copy_there_and_one_back_and_nothing_waits(made):
         assert len(plan) > 2
         with Waits() as waits:
             for batch in plan:
-                vectors, losses = engine.rows(documents, batch)
-                buffers.fetch(torch.cat([vectors, losses[:, None]], dim=1))
+                buffers.fetch(engine.numbers(documents, batch))
     assert waits.seen == []
     predictions = [int(documents.num_loss_tokens[batch].sum()) for batch in plan]
     expected = []
@@ -130,8 +128,8 @@ def test_documents_are_packed_where_they_would_have_much_padding(made, monkeypat
     model, layers, projections, documents = made
     order = sorted(range(len(documents)), key=lambda row: len(documents.tokens[row]))
     with row_engine(settings(compile="never"), model, layers, projections, device=CPU) as engine:
-        uneven, _ = engine.rows(documents, [order[0], order[-1]])
-        even, _ = engine.rows(documents, order[-1:])
+        uneven = engine.numbers(documents, [order[0], order[-1]])
+        even = engine.numbers(documents, order[-1:])
     assert taken == [([order[0], order[-1]], "PackedBatch"), (order[-1:], "Batch")]
     torch.testing.assert_close(uneven[1], even[0], rtol=1e-4, atol=1e-3)
 
@@ -139,7 +137,7 @@ def test_documents_are_packed_where_they_would_have_much_padding(made, monkeypat
 def test_the_padded_engine_would_wait(made):
     model, layers, projections, documents = made
     with row_engine(settings(compile="never"), model, layers, projections, device=CPU) as engine, Waits() as waits:
-        engine.rows(documents, [0, 1])
+        engine.numbers(documents, [0, 1])
     assert waits.seen
 
 
