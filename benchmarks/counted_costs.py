@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +34,8 @@ from benchmarks.peers_speed import hand_over
 from tda import costs
 from tda.data import Documents
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
-from tda.fit_factors import SHARE_OF_FREE, bytes_to_fit, layer_blocks
+from tda.fit_factors import FLOAT, SHARE_BESIDE_A_PASS, bytes_to_fit, layer_blocks
+from tda.losses import ROWS_AT_ONCE
 from tda.model import Layer, tracked_layers
 from tda.packing import PackedBatch, pack, pack_plan, within_documents
 from tda.projection import Projection, random_projections
@@ -46,6 +48,8 @@ LARGE = ("Llama-3-8B", "Llama-3.2-1B")
 WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 BODY = r"model\..*"  # the peers' rows are of the body alone
 CONTEXT, RANK, BATCH_TOKENS, DOCUMENTS = 512, 64, 16 * 512, 120
+CURVATURE_TOKENS = 8 * 512  # of a batch, in whose room factors are fitted
+BLOCKS_OF_LOGITS = 3  # at once, in float32, of sampled labels: their logarithms, probabilities and running sums
 CARD = 80e9  # bytes of memory of a GPU that curvature is to be fitted on
 PEERS = ("ours", "bergson", "dattri_llm", "kronfluence")
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "repeat_interleave")
@@ -253,11 +257,48 @@ def packed_curvature(case: Case) -> dict[str, float]:
     return {"copies_per_batch": (more_copies - copies) / 2, "waits_per_batch": (more_waits - waits) / 2}
 
 
+class _Attention(torch.autograd.Function):
+    """Keeps what a fused attention does: its inputs and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """An empty tensor of the output's shape."""
+        attended = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, attended)
+        return attended
+
+
+def pass_bytes(case: Case, *, batch_tokens: int = CURVATURE_TOKENS) -> int:
+    """What a pass over a batch with sampled labels holds at once: activations for the backward pass, and blocks of logits."""
+    rows = pack_plan(case.documents.lengths, batch_tokens=batch_tokens)[0]
+    batch = pack(case.documents, rows, fill_to=batch_tokens).to(case.model.device)
+    weights = {one.untyped_storage()._cdata for one in case.model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # which stays there, so that no other has its place
+        return tensor
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **_more: Any) -> Tensor:
+        return _Attention.apply(query, key, value)
+
+    case.model.requires_grad_(False)
+    handle = case.model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend), within_documents(case.model), hooks:
+        case.model.base_model(**batch.inputs, use_cache=False)
+    handle.remove()
+    logits = BLOCKS_OF_LOGITS * ROWS_AT_ONCE * case.model.config.vocab_size * FLOAT
+    return sum(storage.nbytes() for storage in kept.values()) + logits
+
+
 def fitted_in(case: Case, memory: float) -> dict[str, float]:
     """Fitting EK-FAC of all layers of the body beside the weights in `memory` bytes: blocks of layers, and what they cost."""
     model = case.decoder()
     load = costs.Load(1, case.context, case.context**2, case.context - 1)
-    room = SHARE_OF_FREE * (memory - sum(one.nbytes for one in case.model.parameters()))
+    room = SHARE_BESIDE_A_PASS * (memory - sum(one.nbytes for one in case.model.parameters()) - pass_bytes(case))
     blocks = layer_blocks(model.tracked, room=room, copies=1, narrow=True)
 
     def passes(layers: Sequence[Layer]) -> int:

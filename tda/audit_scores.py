@@ -20,7 +20,7 @@ from tda.config import Config
 from tda.data import as_documents
 from tda.gradient_log import log_rows
 from tda.ingest import content_hash
-from tda.parallel import num_workers
+from tda.parallel import num_readers
 from tda.prepare import closes_documents, document_table, read_source
 from tda.scoring import Attribution, RowDot, load_attribution, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
@@ -86,7 +86,7 @@ def new_documents(config: Config, workspace: Workspace, *, known: list[pl.DataFr
     recipe, location = config.prepare, config.audit.documents
     if not location:
         return NewDocuments(known[0].head(0), {}, [])
-    reading = read_source(recipe, location, key="audit.documents", workers=num_workers(config.compute))
+    reading = read_source(recipe, location, key="audit.documents", workers=num_readers(config.compute))
     long = long_enough(reading.documents, min_characters=recipe.min_characters)
     unique = without_copies(long)
     ids = {name for table in known for name in table["id"]}

@@ -225,7 +225,7 @@ class Compute(Section):
     workers: int = Field(ge=0)  # processes of one thread each on the CPU; 0: one per core
     factor_gib: float = Field(
         ge=0
-    )  # what fitting curvature may take beside the model, else by blocks of layers; 0: half of what is free
+    )  # what fitting curvature may take beside the model, else by blocks of layers; 0: most of what is free
     compile: Literal["auto", "always", "never"]  # decoder layers, for the rows of gradients; auto: on a GPU
 
 

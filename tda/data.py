@@ -7,6 +7,7 @@ A batch has `rows` (row numbers), `counts` (example, position), true where an ac
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,12 @@ class Documents:
         digest.update(np.concatenate(self.tokens).astype(np.int32).tobytes())
         return digest.hexdigest()
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of every document."""
         return np.array([len(row) for row in self.tokens], dtype=np.int64)
 
-    @property
+    @cached_property
     def num_loss_tokens(self) -> np.ndarray:
         """Predictions of every document that count in the loss."""
         return self.lengths - self.loss_starts

@@ -167,7 +167,8 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
         return _eigenvectors(covariance.cpu(), what).to(covariance.device)
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return (vectors * largest.sign()).to(covariance.dtype)  # a fixed sign, so that equal covariances give equal rows
+    signed = vectors * largest.sign()  # a fixed sign, so that equal covariances give equal rows
+    return signed.to(covariance.dtype).contiguous()  # row by row, as files and copies want it: a CPU is slow to transpose
 
 
 def corrected_eigenvalues(
@@ -185,7 +186,7 @@ def corrected_eigenvalues(
     Activations and pseudo-gradients are rotated before their product. They are added to the sums in `into`, if it is given.
     """
     parameter = next(model.parameters())
-    rotations = basis_like(parameter, basis)
+    rotations = basis_like(parameter, basis)  # which costs nothing if they are there already
     if into is None:
         zero = at_least_float32(parameter.new_zeros(()))
         into = {name: zero.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}, 0
@@ -209,12 +210,16 @@ def corrected_eigenvalues(
 
 
 def basis_like(like: Tensor, basis: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The basis where `like` is, in its dtype; what layers share is there once."""
+    """The basis where `like` is, in its dtype; what layers share is there once. One that is there already is the same tensors."""
+
+    def moved(Q: Tensor) -> Tensor:
+        return Q.to(like.device).to(like.dtype)  # in two steps: together a CPU would convert
+
     inputs: dict[int, Tensor] = {}
     for Q_A, _Q_S in basis.values():
         if id(Q_A) not in inputs:
-            inputs[id(Q_A)] = Q_A.to(like)
-    return {name: (inputs[id(Q_A)], Q_S.to(like)) for name, (Q_A, Q_S) in basis.items()}
+            inputs[id(Q_A)] = moved(Q_A)
+    return {name: (inputs[id(Q_A)], moved(Q_S)) for name, (Q_A, Q_S) in basis.items()}
 
 
 def add_squared_gradients(

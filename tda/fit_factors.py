@@ -6,7 +6,7 @@ pass goes back no further than to its block's first layer.
 """
 
 import contextlib
-import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.data import Data, Documents, batch_plan
-from tda.ekfac import EKFAC, Covariances, add_by_name, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import EKFAC, Covariances, add_by_name, basis_like, corrected_eigenvalues, covariances, eigenbasis
 from tda.factors import SegmentFactors
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, pack_plan, packs, within_documents
@@ -23,14 +23,36 @@ from tda.parallel import parallel_map
 from tda.preconditioner import scaled_eigenbasis, scaled_factors
 from tda.projection import Projection
 from tda.task import Task
-from tda.usage import free_memory
+from tda.usage import free_memory, memory_rise
 
 NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
 FLOAT = 4  # bytes
 SHARE_OF_FREE = 0.6  # of the memory that is free beside the model; activations and eigendecompositions need some too
+SHARE_BESIDE_A_PASS = 0.8  # of what is free on a GPU beside the model and a batch's activations, which are measured there
 
 Result = TypeVar("Result")
 Work = Callable[[nn.Module, Iterator, torch.Generator, Result | None], Result]  # what to add to comes last
+
+
+class OneModel:
+    """The model at one checkpoint at a time, on the device: the one before is let go before the next is loaded."""
+
+    def __init__(self, load: Callable[[str | int], nn.Module], device: torch.device):
+        self._load, self._device = load, device
+        self._held: tuple[str | int, nn.Module] | None = None
+
+    def at(self, checkpoint: str | int) -> nn.Module:
+        """The model at that checkpoint; not to be kept."""
+        if self._held is None or self._held[0] != checkpoint:
+            self._held = None
+            self._held = checkpoint, self._load(checkpoint).to(self._device)
+        return self._held[1]
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the weights' dtype, where they are."""
+        assert self._held is not None, "no checkpoint was asked for yet"
+        return next(self._held[1].parameters()).new_empty(0)
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,7 @@ class Passes:
     """Passes over the data at every checkpoint: how documents become batches, and where they go through which model."""
 
     checkpoints: Sequence[str | int]
-    model: Callable[[str | int], nn.Module]  # on the device
+    model: "OneModel"
     data: Data
     packed: bool
     batch_tokens: int
@@ -51,21 +73,24 @@ class Passes:
 
         On the CPU parts are done in parallel, each into sums of its own, so that these do not depend on the number of workers.
         """
-        plan = (pack_plan if self.packed else batch_plan)(self.data.lengths, batch_tokens=self.batch_tokens)
         parts = [(checkpoint, shard) for checkpoint in self.checkpoints for shard in range(NUM_SHARDS)]
         total: Result | None = None
 
         def one(part: tuple[str | int, int]) -> Result:
-            checkpoint, shard = part
-            number = self.checkpoints.index(checkpoint) * NUM_SHARDS + shard
-            generator = torch.Generator(self.device).manual_seed((self.seed * 8 + salt) * 2**20 + number)
-            model = self.model(checkpoint)
-            with within_documents(model) if self.packed else contextlib.nullcontext(), products_in_tf32(model):
-                return work(model, map(self._batch, plan[shard::NUM_SHARDS]), generator, None if self.apart else total)
+            return self.part(work, *part, salt=salt, into=None if self.apart else total)
 
         for done in parallel_map(one, parts, workers=self.workers, description=description):
             total = done if total is None or not self.apart else add(total, done)
         return total
+
+    def part(self, work: Work[Result], checkpoint: str | int, shard: int, *, salt: int, into: Result | None = None) -> Result:
+        """`work` over one part of the data at one checkpoint, added to `into` if it is given."""
+        plan = (pack_plan if self.packed else batch_plan)(self.data.lengths, batch_tokens=self.batch_tokens)
+        number = self.checkpoints.index(checkpoint) * NUM_SHARDS + shard
+        generator = torch.Generator(self.device).manual_seed((self.seed * 8 + salt) * 2**20 + number)
+        model = self.model.at(checkpoint)
+        with within_documents(model) if self.packed else contextlib.nullcontext(), products_in_tf32(model):
+            return work(model, map(self._batch, plan[shard::NUM_SHARDS]), generator, into)
 
     @property
     def apart(self) -> bool:
@@ -113,20 +138,21 @@ def fit_factors(
 
     Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
     loss. With `projections`, everything happens in projected space. `packed` documents stand one after another without padding,
-    if the model keeps them apart. `room` is what factors may take at once, in bytes; by default, half of what is free. With
+    if the model keeps them apart. `room` is what factors may take at once, in bytes; by default most of what is free. With
     `fitted` off the projections are all there is: the factors are left to `row_curvature`. Factors are on the CPU.
     """
-    model = functools.lru_cache(maxsize=1)(lambda checkpoint: load(checkpoint).to(device))
-    last = model(checkpoints[-1])
-    layers = tracked_layers(last, pattern, probe=lambda model: task.losses(model, data.batch([0]).to(device)))
+    model = OneModel(load, device)
+    layers = tracked_layers(
+        model.at(checkpoints[-1]), pattern, probe=lambda model: task.losses(model, data.batch([0]).to(device))
+    )
     chosen = projections(layers) if projections else None
     if not fitted:
         return SegmentFactors(layers, {}, {}, P, chosen or {}, len(data))
-    packed = packed and isinstance(data, Documents) and packs(last)
-    passes = Passes(checkpoints, model, data, packed, batch_tokens, seed, workers, device)
-    room = SHARE_OF_FREE * free_memory(device) if room is None else room
+    packed = packed and isinstance(data, Documents) and packs(model.at(checkpoints[-1]))
+    passes = Passes(checkpoints, model, data, packed, batch_tokens, seed, workers if device.type == "cpu" else 1, device)
+    room = _room(passes, layers, task=task) if room is None else room
     copies = 1 + workers if passes.apart else 1
-    narrow = next(last.parameters()).dtype == torch.bfloat16
+    narrow = model.like.dtype == torch.bfloat16
     blocks = [layers] if chosen else layer_blocks(layers, room=room, copies=copies, narrow=narrow, scaled=adam == "symmetric")
     plain, scaled = {}, {}
     for number, block in enumerate(blocks, start=1):
@@ -136,6 +162,18 @@ def fit_factors(
             root_P = {layer.name: P[layer.name].to(device).sqrt() for layer in block}
             scaled |= _fit_scaled(passes, block, task=task, weight=weight, root_P=root_P, name=name)
     return SegmentFactors(layers, plain, scaled, P, chosen or {}, len(data))
+
+
+def _room(passes: Passes, layers: Sequence[Layer], *, task: Task) -> float:
+    """Bytes for factors beside everything else that a pass needs."""
+    if passes.apart:
+        return SHARE_OF_FREE * free_memory(passes.device)
+
+    def one_batch(model: nn.Module, batches: Iterator, generator: torch.Generator, _into: None) -> None:
+        covariances(model, layers[:1], itertools.islice(batches, 1), task=task, generator=generator)  # back to the first layer
+
+    rise = memory_rise(lambda: passes.part(one_batch, passes.checkpoints[-1], 0, salt=0), device=passes.device)
+    return SHARE_BESIDE_A_PASS * (free_memory(passes.device) - rise)
 
 
 def layer_blocks(
@@ -152,7 +190,8 @@ def layer_blocks(
 
 
 def bytes_to_fit(layers: Sequence[Layer], *, copies: int, narrow: bool = False, scaled: bool = False) -> int:
-    """The most that sums and bases of `layers` take: all covariances, or the bases (`narrow`: in bfloat16) and all eigenvalues.
+    """The most that sums and bases of `layers` take: all covariances, or the bases (`narrow`: of plain gradients in
+    bfloat16) and all eigenvalues.
 
     `copies` is how many sums of a kind there are at once: the one, or each worker's and the total.
     """
@@ -161,7 +200,8 @@ def bytes_to_fit(layers: Sequence[Layer], *, copies: int, narrow: bool = False, 
     gradients = sum(layer.d_in * layer.d_out for layer in layers)
     covariances = inputs + outputs
     held = gradients if scaled else 0  # the optimizer's preconditioner
-    return FLOAT * (held + max(copies * covariances, covariances // (2 if narrow else 1) + copies * gradients))
+    bases = covariances // (2 if narrow and not scaled else 1)
+    return FLOAT * (held + max(copies * covariances, bases + copies * gradients))
 
 
 def _fit_plain(
@@ -180,6 +220,7 @@ def _fit_plain(
     rotated = basis
     if projections is not None:
         rotated = {one: (projections[one].P_i @ Q_A, projections[one].P_o @ Q_S) for one, (Q_A, Q_S) in basis.items()}
+    rotated = basis_like(passes.model.like, rotated)  # once for all parts of the data
 
     def correct(model: nn.Module, batches: Iterator, generator: torch.Generator, into: Squares | None) -> Squares:
         return corrected_eigenvalues(model, layers, batches, task=task, basis=rotated, generator=generator, into=into)

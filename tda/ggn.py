@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.data import Batch, TensorBatch
 from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, parameter_name, plain_head
+from tda.parallel import DEVICE_ERRORS
 from tda.task import Task
 
 Product = Callable[[Float[Tensor, "query value"]], Float[Tensor, "query value"]]
@@ -93,11 +94,13 @@ def gauss_newton_product(
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward derivative, nor a second
             try:
                 return sum(way(batch, v) for batch in batches) * (weight / num_rows)
+            except DEVICE_ERRORS:
+                raise
             except RuntimeError:  # an operation has no forward derivative, or none that `torch.func` finds
                 if way is back_twice:
                     raise
                 way = back_twice
-                return product(v)
+        return product(v)
 
     return product
 

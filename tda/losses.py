@@ -16,7 +16,7 @@ from tda.packing import DocumentBatch
 Labels = Literal["true", "sampled"]
 Measurement = Literal["loss", "margin", "log_probability"]
 
-ROWS_AT_ONCE, ROWS_ON_CPU = 4096, 256  # of logits; on a CPU those of a small vocabulary stay in the cache
+ROWS_AT_ONCE, ROWS_ON_CPU = 2048, 256  # of logits; on a CPU those of a small vocabulary stay in the cache
 
 
 def document_losses(

@@ -19,6 +19,8 @@ from tda.config import Compute
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing of what was tried
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -36,9 +38,12 @@ def device_of(compute: Compute) -> torch.device:
 
 
 def num_workers(compute: Compute) -> int:
-    """Processes to use: one on a GPU; else `TDA_WORKERS` of the environment, `compute.workers`, or one per core."""
-    if device_of(compute).type == "cuda":
-        return 1
+    """Processes to use: one on a GPU, else as `num_readers`."""
+    return 1 if device_of(compute).type == "cuda" else num_readers(compute)
+
+
+def num_readers(compute: Compute) -> int:
+    """Processes for what no GPU does: `TDA_WORKERS` of the environment, `compute.workers`, or one per core."""
     return int(os.environ.get("TDA_WORKERS", 0)) or compute.workers or len(os.sched_getaffinity(0))
 
 
@@ -59,7 +64,8 @@ def worker_pool(
     Processes are forked when the block is entered, so `function` may be a closure, and what starts threads can come after.
     The first error ends the rest.
     """
-    torch.set_num_threads(1)
+    if not torch.cuda.is_initialized():  # what a process on a GPU does on the CPU beside it is seldom and large
+        torch.set_num_threads(1)
     if workers <= 1 or "lance" in sys.modules:  # Lance does not survive a fork: what comes after it stays in this process
         yield lambda items, description, unit: _with_bar(map(function, items), len(items), description, unit)
         return

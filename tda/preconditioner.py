@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tda.capture import captured
 from tda.data import TensorBatch
-from tda.ekfac import EKFAC, Covariances, basis_like, eigenbasis
+from tda.ekfac import EKFAC, ONE_BY_ONE, Covariances, basis_like, eigenbasis
 from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.packing import DocumentBatch
@@ -128,13 +128,18 @@ def scaled_factors(
         return append_one(at_least_float32(a), bias=layer.bias)
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        G = root_P[layer.name] * (batch.by_document(at_least_float32(Ds)).mT @ batch.by_document(a))
+        outputs, inputs = batch.by_document(at_least_float32(Ds)), batch.by_document(a)
+        at_once = max(1, ONE_BY_ONE // root_P[layer.name].numel())
+        for some_outputs, some_inputs in zip(outputs.split(at_once), inputs.split(at_once), strict=True):
+            add_gradients(layer.name, root_P[layer.name] * (some_outputs.mT @ some_inputs))
+
+    def add_gradients(name: str, G: Tensor) -> None:
         if rotations is None:
-            A[layer.name] = A.get(layer.name, 0) + torch.einsum("noi,noj->ij", G, G)
-            S[layer.name] = S.get(layer.name, 0) + torch.einsum("noi,npi->op", G, G)
+            A[name] = A.get(name, 0) + torch.einsum("noi,noj->ij", G, G)
+            S[name] = S.get(name, 0) + torch.einsum("noi,npi->op", G, G)
         else:
-            Q_A, Q_S = rotations[layer.name]
-            Lambda[layer.name] = Lambda.get(layer.name, 0) + (Q_S.T @ G @ Q_A).square_().sum(dim=0)
+            Q_A, Q_S = rotations[name]
+            Lambda[name] = Lambda.get(name, 0) + (Q_S.T @ G @ Q_A).square_().sum(dim=0)
 
     with captured(model, layers, encode=keep_inputs, consume=add):
         for batch in batches:

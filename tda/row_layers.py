@@ -25,6 +25,9 @@ from tda.projection import Projection, encode_inputs
 from tda.task import Task
 
 Backend = str | Callable  # of torch.compile
+MOST_GRAPHS = (
+    64  # of the code that all decoder layers share: some for every kind of layer, by whether its grid is full, and so on
+)
 
 
 class _Perturbed(torch.autograd.Function):
@@ -126,7 +129,7 @@ def row_layers(
             model.set_submodule(name, row_layer)
         for decoder_layer in compiled:
             decoder_layer.compile(backend=backend, fullgraph=True)
-        with within_documents(model):
+        with within_documents(model), torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
             yield rows_of
     finally:
         for decoder_layer in compiled:

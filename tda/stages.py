@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def prepare(config: Config, workspace: Workspace) -> None:
     """Documents, targets, tokenizer and the positive control."""
-    from tda.parallel import num_workers
+    from tda.parallel import num_readers
     from tda.prepare import prepare_documents, write_prepared
 
-    prepared = prepare_documents(config.prepare, model=config.train.model, workers=num_workers(config.compute))
+    prepared = prepare_documents(config.prepare, model=config.train.model, workers=num_readers(config.compute))
     write_prepared(prepared, workspace)
 
 

@@ -113,7 +113,8 @@ def _codes(scaled: Float32[np.ndarray, "n dim"]) -> Int8[np.ndarray, "n width"]:
     largest = np.abs(groups).max(axis=2)
     _, exponents = np.frexp(largest * np.float32(128 / (MOST_CODE + 0.5)))  # what rounds to 128 has no code: one step coarser
     exponents = np.where(largest > 0, np.clip(7 - exponents, 0, MOST_EXPONENT), 0)
-    codes = np.clip(np.rint(np.ldexp(groups, exponents[:, :, None])), -MOST_CODE, MOST_CODE)
+    groups *= np.ldexp(np.float32(1), exponents)[:, :, None]
+    codes = np.clip(np.rint(groups, out=groups), -MOST_CODE, MOST_CODE, out=groups)
     return np.concatenate([codes.reshape(n, -1)[:, :dim].astype(np.int8), exponents.astype(np.int8)], axis=1)
 
 

@@ -5,6 +5,7 @@ alone, so a run that was killed goes on from its last checkpoint and ends with t
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,12 +187,15 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put `state`, as `optimizer_state` gives it, back into `optimizer`."""
-    for name, parameter in model.named_parameters():
-        values = {key.removesuffix("." + name): value.clone() for key, value in state.items() if key.endswith("." + name)}
-        values = {kind: value for kind, value in values.items() if "." not in kind}
-        if values:
-            optimizer.state[parameter] = values
+    """Put `state`, as `optimizer_state` gives it, back into `optimizer`, each tensor where the optimizer wants it."""
+    by_parameter: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in state.items():
+        kind, _, name = key.partition(".")
+        by_parameter[name][kind] = value.clone()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    known = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    held = {number: by_parameter[name] for number, name in enumerate(known) if name in by_parameter}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": held})
 
 
 def save_checkpoint(

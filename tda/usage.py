@@ -4,7 +4,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,6 +59,19 @@ def free_memory(device: "torch.device | None" = None) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     return min([available, *left_by_control_groups()])
+
+
+def memory_rise(action: Callable[[], object], *, device: "torch.device") -> int:
+    """The most bytes that `action` takes on a GPU beyond what was there before; 0 on any other device, where nobody counts."""
+    if device.type != "cuda":
+        action()
+        return 0
+    import torch
+
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def left_by_control_groups(root: Path = Path("/")) -> list[int]:

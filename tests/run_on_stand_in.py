@@ -32,6 +32,29 @@ def pipeline(folder: Path) -> dict:
     return {"counted": counted, "helped": [row["doc_id"] for row in answered["helped"]]}
 
 
+def resumed(folder: Path) -> dict:
+    """By optimizer, whether a run that was resumed from a checkpoint ends with the weights of one that was not."""
+    from tda.config import load_config
+    from tda.train import make_optimizer, resume, save_checkpoint, schedule, train
+    from tests.helpers import random_documents, tiny_llama
+    from tests.toy import PARAMS
+
+    documents, found = random_documents(8), {}
+    for kind in ("adamw", "sgd"):
+        recipe = load_config(PARAMS).train.model_copy(update={"optimizer": kind, "batch_size": 4})
+        steps = schedule(documents, recipe, seed=0, lengths=[2, 6])
+        straight, first, second = (tiny_llama(seed=seed).to(DEVICE) for seed in (0, 0, 5))
+        train(straight, documents, steps, recipe, optimizer=make_optimizer(straight, recipe))
+        optimizer = make_optimizer(first, recipe)
+        train(first, documents, steps[:3], recipe, optimizer=optimizer)
+        save_checkpoint(folder / kind, first, optimizer, step=3)
+        optimizer = make_optimizer(second, recipe)
+        train(second, documents, steps[resume(folder / kind, second, optimizer) :], recipe, optimizer=optimizer)
+        weights = zip(straight.parameters(), second.parameters(), strict=True)
+        found[kind] = all(torch.equal(expected.cpu(), got.cpu()) for expected, got in weights)
+    return found
+
+
 def methods() -> dict:
     """By method, the largest difference to the CPU's scores in shares of the largest score."""
     from tda.attribute import attribute
@@ -86,4 +109,5 @@ def recorded(task_name: str, optimizer: str, device: torch.device | str, data_de
 if __name__ == "__main__":
     torch.set_num_threads(1)
     install()
-    print(json.dumps(methods() if sys.argv[1] == "methods" else pipeline(Path(sys.argv[2]))))
+    asked, *folders = sys.argv[1:]
+    print(json.dumps({"methods": methods, "pipeline": pipeline, "resumed": resumed}[asked](*map(Path, folders))))

@@ -42,7 +42,7 @@ class Handover:
 
     @cached_property
     def about(self) -> dict:
-        """`layers` (name, d_in, d_out), `checked` ones, `passes`, sizes, `device`, `dtype`, `seed`: as `hand_over` there writes it."""
+        """`layers` (name, d_in, d_out), `checked` ones, `passes`, sizes, `device`, `dtype`: as `hand_over` writes it."""
         return json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
 
     @cached_property

@@ -30,6 +30,10 @@ def test_every_method_gives_the_same_scores_wherever_the_model_is():
     assert {name: one for name, one in differences.items() if one > 1e-4} == {}
 
 
+def test_a_run_is_resumed_where_the_model_is(tmp_path):
+    assert on_stand_in("resumed", str(tmp_path)) == {"adamw": True, "sgd": True}
+
+
 def test_the_stand_in_refuses_what_a_gpu_refuses():
     script = (
         "import torch; from tests.stand_in_device import DEVICE, install, seen; install()\n"
@@ -76,10 +80,12 @@ def test_rows_and_curvature_take_one_copy_a_batch_and_wait_for_none(both):
     """Waits are those of loading a model, of a covariance's check and of a pass's token count; none is a batch's."""
     _here, _there, found = both
     curvature, rows = found["counted"]["curvature"], found["counted"]["gradients"]
-    probes = {"wait, model.py:_probe_head", "wait, packing.py:<listcomp>", "wait, packing.py:_probe"}
+    probes = {"wait, model.py:_probe_head", "wait, packing.py:_hidden", "wait, packing.py:_probe"}
     assert {where for where in rows if where.startswith("wait")} <= probes
     waits = {where: count for where, count in curvature.items() if where.startswith("wait") and where not in probes}
-    assert waits.pop("wait, ekfac.py:covariances") == 2 * NUM_SHARDS  # two segments of one checkpoint
+    assert waits.pop("wait, ekfac.py:covariances") == 2 * (
+        NUM_SHARDS + 1
+    )  # two segments of one checkpoint; a batch tells the room
     assert waits.pop("wait, ekfac.py:_eigenvectors") > 0
     assert waits == {"wait, losses.py:document_losses": 2, "wait, data.py:predictions": 2}  # what finds the layers of a segment
     assert rows["to device, streaming.py:start_copy"] - rows["to host, streaming.py:start_copy"] == 4  # checkpoints: a probe each

@@ -1,5 +1,7 @@
 """Factors do not depend on how layers are divided, nor on whether documents are packed; narrow models give nearly the same."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -155,6 +157,61 @@ def test_a_model_in_bfloat16_has_nearly_the_same_factors_in_float32():
         G = torch.randn(8, *expected.Lambda.shape, generator=torch.Generator().manual_seed(0))
         applied, nearly = (held.apply(lambda values: values, G) for held in (expected, found))
         assert (nearly - applied).norm() < 0.1 * applied.norm()
+
+
+def test_one_model_at_a_time_is_in_memory():
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def load(checkpoint):
+        nonlocal most
+        gc.collect()
+        model = tiny_llama(seed=checkpoint)
+        alive.append(weakref.ref(model))
+        most = max(most, sum(one() is not None for one in alive))
+        return model
+
+    documents, layers = random_documents(12), tracked_layers(tiny_llama())
+    P = {layer.name: torch.ones(layer.d_out, layer.d_in, dtype=torch.float64) for layer in layers}
+    settings = {"task": CausalLM(), "pattern": ".*", "weight": 1.0, "P": P, "adam": "none", "projections": None}
+    fit_factors(
+        [0, 1, 2], load, documents, batch_tokens=24, seed=0, workers=1, device=torch.device("cpu"), packed=True, **settings
+    )
+    assert len(alive) > 3
+    assert most == 1
+
+
+@pytest.mark.parametrize("one_by_one", [0, 10**9])
+def test_scaled_factors_do_not_depend_on_how_many_gradients_are_formed_at_once(monkeypatch, one_by_one):
+    monkeypatch.setattr("tda.preconditioner.ONE_BY_ONE", one_by_one)
+    model, documents = tiny_llama(), random_documents(6)
+    layers = tracked_layers(model)
+    root_P = {layer.name: torch.linspace(0.5, 2, layer.d_out * layer.d_in).double().view(layer.d_out, -1) for layer in layers}
+    found, _none = scaled_factors(
+        model,
+        layers,
+        [documents.batch(range(6))],
+        task=CausalLM(),
+        root_P=root_P,
+        basis=None,
+        generator=torch.Generator().manual_seed(0),
+    )
+    expected, generator = {layer.name: 0 for layer in layers}, torch.Generator().manual_seed(0)
+    modules = dict(model.named_modules())
+    batch = documents.batch(range(6))
+    uniform = torch.rand(int(batch.loss_mask.sum()), generator=generator)
+    monkeypatch.setattr("torch.rand", lambda *_size, **_named: uniform[:count])
+    for row in range(6):
+        alone = documents.batch([row])
+        count = int(alone.loss_mask.sum())
+        model.zero_grad()
+        CausalLM().losses(model.requires_grad_(), alone, labels="sampled", generator=generator)[0].backward()
+        uniform = uniform[count:]
+        for layer in layers:
+            G = root_P[layer.name] * modules[layer.name].weight.grad
+            expected[layer.name] = expected[layer.name] + G @ G.T
+    for layer in layers:
+        torch.testing.assert_close(found.S[layer.name], expected[layer.name])
 
 
 @pytest.mark.parametrize("positions", [1, 5])

@@ -201,6 +201,58 @@ def test_models_that_cannot_keep_documents_apart_are_known():
     assert not packs(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_what_rounding_changes_is_no_mixture(dtype, expected):
+    """Kernels of other sizes round differently: by as much as bfloat16 does, which is little beside what mixing changes."""
+    model = tiny_llama().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(_module, _inputs, output):
+        hidden = output.last_hidden_state
+        noise = torch.randn(hidden.shape, generator=generator).to(hidden)
+        output.last_hidden_state = hidden + 2**-8 * hidden.abs() * noise
+
+    model.base_model.register_forward_hook(rounded)
+    assert packs(model) is expected
+
+
+def test_a_device_that_fails_is_no_model_that_mixes(monkeypatch):
+    def full(*_inputs, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("tda.packing.attend_within_documents", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        packs(tiny_llama())
+
+
+@pytest.mark.filterwarnings("ignore")  # by torch itself, while it traces
+def test_layers_of_several_kinds_compile_for_grids_of_every_kind():
+    """More graphs of one code than torch allows by default, which would end the run."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        no_rope_layers=[1, 0, 1, 0],
+        pad_token_id=None,
+        use_cache=False,
+    )
+    model, held = SmolLM3ForCausalLM(config).eval(), random_documents(12)
+    layers = tracked_layers(model)
+    projections = random_projections(layers, rank=3, seed=0)
+    torch._dynamo.reset()
+    grids = [[row] for row in range(6)] + [[0, 1], [2, 3, 4], list(range(5)), list(range(12))]
+    with row_layers(model, layers, task=CausalLM(), projections=projections, backend="eager") as rows_of:
+        for rows in grids:
+            for fill in (0, 40):
+                vectors, _losses = rows_of(pack(held, rows, fill_to=fill))
+                assert len(vectors) == len(rows)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_in_the_loop_waits_for_the_gpu():

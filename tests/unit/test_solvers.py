@@ -76,6 +76,23 @@ def test_products_without_forward_derivatives_are_the_same(kind, monkeypatch):
         torch.testing.assert_close(product(v), expected, **(SINGLE if kind == "llama" else {}))
 
 
+def test_a_device_without_memory_is_not_tried_the_other_way(monkeypatch):
+    model, task, data = model_of("classification")
+    layers, asked = tracked_layers(model, probe=lambda model: task.losses(model, data.batch([0]))), []
+
+    def full(*_arguments):
+        asked.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("tda.ggn.jvp", full)
+    product = gauss_newton_product(model, layers, list(batches(data, batch_tokens=99)), task=task, weight=1.0)
+    v = torch.ones(1, sum(layer.d_out * layer.d_in for layer in layers), dtype=torch.float64)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            product(v)
+    assert len(asked) == 2  # forward derivatives, both times
+
+
 class OldStyle(torch.autograd.Function):
     """A function that `torch.func` refuses, as some models have them; it can be differentiated twice."""
 
