@@ -11,25 +11,30 @@ ENERGY_FLOOR = 1e-6  # of the largest: directions below it are rounding errors o
 Map = Callable[[Tensor], Tensor]  # (query, value) to (query, value), row by row
 
 
-def conjugate_gradients(product: Map, b: Rows, *, precondition: Map, iterations: int) -> Rows:
+def conjugate_gradients(product: Map, b: Rows, *, precondition: Map, iterations: int, from_zero: bool = False) -> Rows:
     """Preconditioned conjugate gradients (Hestenes and Stiefel 1952), from `precondition(b)`; both maps symmetric and positive.
 
-    A row that is solved to rounding stays where it is.
+    A row that is solved to rounding stays where it is. `from_zero` the first iteration finds the best multiple of
+    `precondition(b)`, where otherwise that itself is the start, and costs a product.
     """
-    x = precondition(b)
-    r = b - product(x)
-    z = precondition(r)
+    first = precondition(b)
+    floor = torch.finfo(b.dtype).eps ** 2 * _dots(b, first)  # squared, since `rz` is a squared norm
+    if from_zero:
+        x, r, z = torch.zeros_like(b), b, first
+    else:
+        x, r = first, b - product(first)
+        z = precondition(r)
     p, rz = z, _dots(r, z)
-    floor = torch.finfo(b.dtype).eps ** 2 * _dots(b, x)  # squared, since `rz` is a squared norm
+    del first
     for _ in range(iterations):
         Ap = product(p)
         pAp = _dots(p, Ap)
         step = torch.where((rz > floor) & (pAp > 0), rz / pAp, torch.zeros_like(rz))
-        x = x + step * p
-        r = r - step * Ap
+        x = torch.addcmul(x, step, p)
+        r = torch.addcmul(r, step, Ap, value=-1)
         z = precondition(r)
         before, rz = rz, _dots(r, z)
-        p = z + torch.where(before > floor, rz / before, torch.zeros_like(rz)) * p
+        p = torch.addcmul(z, torch.where(before > floor, rz / before, torch.zeros_like(rz)), p)
     return x
 
 
@@ -39,8 +44,10 @@ def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Ro
     Round k adds every row's preconditioned residual to the space (block conjugate gradients, O'Leary 1980, without its short
     recurrence, which loses rank where queries are alike). A round costs what an iteration of conjugate gradients costs, and with
     many rows is worth several: each row is also solved along the others' directions. Memory: 2 `rounds` tensors like `b`, and a
-    few more.
+    few more; for a single row, whose space is that of conjugate gradients, the few.
     """
+    if len(b) == 1:
+        return conjugate_gradients(product, b, precondition=precondition, iterations=rounds, from_zero=True)
     x, r = torch.zeros_like(b), b
     S = b.new_empty(rounds * len(b), b.shape[1])  # the directions
     AS = torch.empty_like(S)

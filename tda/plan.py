@@ -393,7 +393,9 @@ def _scores(
         work["curvature"] += 2 * seen / num * stored / machine.scanned + rate("algebra", 4 * seen * values * rank)
         work["curvature"] += len(run.seen) * rate("eigh", costs.eigenbases(model, rank=rank))
     full = model.gradient * FLOAT
-    searched = 4 * ROUNDS * groups * full  # directions and products with them, in lists and joined
+    searched = (
+        ((2 * ROUNDS if groups > 1 else 0) + 7) * groups * full
+    )  # directions and products with them, and the iteration's own
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
     tangents = vectors * solver_tokens * widest * FLOAT
     tables = 4 * num * num_queries * (8 + FLOAT / 4)

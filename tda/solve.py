@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.ekfac import EKFAC
+from tda.ekfac import EKFAC, basis_like
 from tda.ggn import Product, pack, unpack
 from tda.model import Layer
 from tda.preconditioner import LayerCurvature
@@ -35,9 +35,11 @@ class DampedCurvature:
         cls, layers: Sequence[Layer], curvature: dict[str, LayerCurvature], damping: dict[str, float], *, device: torch.device
     ) -> "DampedCurvature":
         """The curvature that an optimizer sees, on `device`."""
-        held = {layer.name: curvature[layer.name].to(device) for layer in layers}
-        root_P = pack({name: one.root_P.expand_as(one.M.Lambda) for name, one in held.items()}, layers)
-        return cls(layers, {name: one.M for name, one in held.items()}, root_P, damping)
+        held = {layer.name: curvature[layer.name] for layer in layers}
+        like = next(iter(held.values())).M.Lambda.new_empty(0, device=device)
+        bases = basis_like(like, {name: (one.M.Q_A, one.M.Q_S) for name, one in held.items()})
+        root_P = pack({name: one.root_P.to(device).expand_as(one.M.Lambda) for name, one in held.items()}, layers)
+        return cls(layers, {name: EKFAC(*bases[name], one.M.Lambda.to(device)) for name, one in held.items()}, root_P, damping)
 
     def times(self, product: Product) -> Product:
         """The product with it, from the product with G."""

@@ -268,6 +268,21 @@ def test_block_krylov_solves_when_its_space_is_whole(num_queries, size, seed):
     assert error.sum() < 1e-4 * (expected @ A * expected).sum()
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_a_single_row_is_solved_in_its_krylov_space(rounds):
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(9, 9, generator=generator, dtype=torch.float64)
+    A, b = root @ root.T + torch.eye(9, dtype=torch.float64), torch.randn(1, 9, generator=generator, dtype=torch.float64)
+    space, near = [], A.diagonal()
+    for _ in range(rounds):
+        space.append((space[-1] @ A if space else b) / near)
+    K = torch.cat(space)
+    expected = torch.linalg.solve(K @ A @ K.T, K @ b.T).T @ K
+    given = {"precondition": lambda v: v / near, "rounds": rounds}
+    torch.testing.assert_close(block_krylov(lambda v: v @ A, b, **given), expected)
+    torch.testing.assert_close(block_krylov(lambda v: v @ A, torch.cat([b, b]), **given), torch.cat([expected, expected]))
+
+
 def test_block_krylov_is_exact_at_once_with_the_inverse_and_copes_with_equal_queries():
     A = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))
     b = torch.ones(3, 5, dtype=torch.float64)
