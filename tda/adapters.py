@@ -36,11 +36,17 @@ def adapter_in(folder: str | Path) -> "PeftConfig | None":
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        adapter = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{Path(folder, CONFIG_FILE)}: no adapter that PEFT knows: {error}; expected the file that `save_pretrained` leaves"
         ) from error
+    if getattr(adapter, "use_dora", False):
+        raise ValueError(
+            f"{Path(folder, CONFIG_FILE)}: an adapter with use_dora, whose magnitudes are not followed; expected LoRA without "
+            "them; or merge the adapter into its model (`merge_and_unload`) and take that"
+        )
+    return adapter
 
 
 def lora(settings: Lora, *, base: str) -> "PeftConfig | None":
@@ -87,6 +93,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     from safetensors import SafetensorError
 
+    shared = _shared_names(model)
     try:
         report = model.load_adapter(str(folder), is_trainable=True, ignore_mismatched_sizes=True)
     except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
@@ -99,7 +106,28 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"{folder}: the adapter does not fit the model that it is put on: missing {sorted(report.missing_keys)[:3]}, of "
             f"another shape {sorted(report.mismatched_keys)[:3]}; expected an adapter of this model (train.model is the base)"
         )
+    _restore_base(model, shared)
     return model.eval()
+
+
+def _shared_names(model: nn.Module) -> list[list[str]]:
+    """Names that stand for one parameter, as of a head that is tied to the embedding."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _restore_base(model: nn.Module, shared: list[list[str]]) -> None:
+    """Freeze and tie the base as it was: PEFT saves a head or embedding that has an adapter with it, and loads it as its own."""
+    inner = {name.replace(".base_layer.", "."): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for first, *others in shared:
+        for other in others:
+            owner, _, kind = inner[other].rpartition(".")
+            setattr(model.get_submodule(owner), kind, model.get_parameter(inner[first]))
+    for name, parameter in model.named_parameters():
+        if ".base_layer." in name:
+            parameter.requires_grad_(False)
 
 
 def settle(folder: Path, *, base: str = "") -> None:

@@ -7,8 +7,12 @@ SOURCE's own assumption. Nor is it recorded whether gradients were clipped: for 
 the learning rates are taken as if they were not (AdamW's steps do not depend on the gradient's length).
 """
 
+import contextlib
+import json
+import math
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tda.adapters import settle
-from tda.artifacts import Workspace, read_json, whole, write_json, write_table
+from tda.artifacts import Workspace, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
@@ -44,9 +48,9 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
         )
     chosen = [found[round((index + 1) * len(found) / len(recipe.checkpoints)) - 1] for index in recipe.checkpoints]
     frozen = unmoved(found[0][1], found[-1][1], base=recipe.model) if len(found) > 1 else []
-    final_state = read_json(chosen[-1][1] / "trainer_state.json", stage="train")
+    final_state = _trainer_state(chosen[-1][1])
     num_steps = chosen[-1][0]
-    rates = interpolate_rates(final_state["log_history"], num_steps)
+    rates = interpolate_rates(known_rates(found, final_state["log_history"]), num_steps)
     optimizer: dict[str, Any] = {}
     model: nn.Module | None = None
     with whole(workspace.checkpoints) as part:
@@ -60,6 +64,8 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             settle(target / "model", base=recipe.model)
             optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
+    if said := other_recipe(recipe, optimizer, peak=float(rates.max())):
+        print(f"tda train: {said}", file=sys.stderr)
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
     write_table(workspace.trajectory, _trajectory(num_steps, rates, losses))
     assert model is not None
@@ -88,6 +94,29 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     )
 
 
+def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> str:
+    """A sentence on how models will be retrained otherwise than the run was trained, if they will; else empty."""
+    run = {"optimizer": optimizer.get("optimizer", recipe.optimizer), "learning_rate": peak, "weight_decay": recipe.weight_decay}
+    run |= {key: optimizer[key] for key in ("weight_decay", "momentum", "beta2", "epsilon") if key in optimizer}
+    if run["optimizer"] != "sgd":
+        run.pop("momentum", None)
+    unlike = [
+        f"{key} {value if isinstance(value, str) else f'{value:.3g}'} (train.{key} is {getattr(recipe, key)})"
+        for key, value in run.items()
+        if (
+            value != getattr(recipe, key)
+            if isinstance(value, str)
+            else not math.isclose(value, getattr(recipe, key), rel_tol=0.05)
+        )
+    ]
+    if not unlike:
+        return ""
+    return (
+        f"the run had {', '.join(unlike)}: retraining, and so the verdict, goes by params.yaml; set these keys, and train.stages"
+        ", to what the run did"
+    )
+
+
 def find_checkpoints(run: Path) -> list[tuple[int, Path]]:
     """`(step, folder)` of every checkpoint of a Trainer's output folder, by step.
 
@@ -103,23 +132,44 @@ def find_checkpoints(run: Path) -> list[tuple[int, Path]]:
         raise FileNotFoundError(
             f"train.run: {run} has no checkpoint-* folder with a trainer_state.json; was the run saved by a Trainer?"
         )
-    return sorted((read_json(folder / "trainer_state.json", stage="train")["global_step"], folder) for folder in folders)
+    return sorted((_trainer_state(folder)["global_step"], folder) for folder in folders)
 
 
-def interpolate_rates(log_history: list[dict], num_steps: int) -> np.ndarray:
-    """The learning rate of every step, linear between the logged ones.
+def _trainer_state(folder: Path) -> dict[str, Any]:
+    path = folder / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {"global_step": int(state["global_step"]), "log_history": list(state["log_history"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"train.run: {path} cannot be read: {type(error).__name__}: {error}; expected the file as the Trainer wrote it; copy "
+            "it again, or remove that checkpoint"
+        ) from error
+
+
+def known_rates(found: list[tuple[int, Path]], log_history: list[dict]) -> dict[int, float]:
+    """The learning rates that the run left, by step: those logged, and the next step's in the scheduler of every checkpoint."""
+    known = {}
+    for step, folder in found:
+        with contextlib.suppress(OSError, RuntimeError, EOFError, KeyError, IndexError, pickle.UnpicklingError):
+            known[step + 1] = float(torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)["_last_lr"][0])
+    return known | {entry["step"]: float(entry["learning_rate"]) for entry in log_history if "learning_rate" in entry}
+
+
+def interpolate_rates(known: dict[int, float], num_steps: int) -> np.ndarray:
+    """The learning rate of every step, linear between the known ones.
 
     Raises:
-        ValueError: none was logged.
+        ValueError: none is known in the first half of the run, so that its schedule is not.
     """
-    logged = {entry["step"]: entry["learning_rate"] for entry in log_history if "learning_rate" in entry}
-    if not logged:
+    steps = sorted(step for step in known if step <= num_steps)
+    if not steps or steps[0] > (num_steps + 1) // 2:
         raise ValueError(
-            "train.run: trainer_state.json has no learning rate in its log_history; train with logging_steps below the "
-            "run's length"
+            "train.run: trainer_state.json has no learning rate in its log_history before step "
+            f"{steps[0] if steps else num_steps} of {num_steps}, and no checkpoint of the first half has a scheduler.pt; "
+            "expected to know the rates of the run: train with smaller logging_steps"
         )
-    steps = sorted(logged)
-    return np.interp(np.arange(1, num_steps + 1), steps, [logged[step] for step in steps])
+    return np.interp(np.arange(1, num_steps + 1), steps, [known[step] for step in steps])
 
 
 def _check_architecture(folder: Path, model: nn.Module, before: nn.Module | None) -> None:
@@ -157,6 +207,7 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
     if not path.exists():
         return {}
     saved = _load_optimizer(path)
+    kind = _kind_of(saved, path)
     names = parameter_order(model)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) == len(names) - len(frozen):
@@ -171,30 +222,53 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
     tensors: dict[str, Tensor] = {}
     for number, values in saved["state"].items():
         name = names[number]
-        for kind, value in values.items():
+        for what, value in values.items():
             if isinstance(value, Tensor):
                 if value.ndim and value.shape != shapes[name]:
                     raise ValueError(
                         f"train.run: {path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; "
                         "expected the optimizer of this model, its parameters in the Trainer's order (decayed ones first)"
                     )
-                tensors[f"{kind}.{name}"] = value.contiguous()
+                tensors[f"{what}.{name}"] = value.contiguous()
     save_file(tensors, target / "optimizer.safetensors")
+    return kind
+
+
+def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The optimizer in `saved` and its settings, by what it keeps of a parameter and how it is set."""
     group = max(saved["param_groups"], key=lambda held: held.get("weight_decay", 0.0))
-    if "betas" in group:
-        return {
+    kept = {kind for values in saved["state"].values() for kind in values}
+    decay = float(group.get("weight_decay", 0.0))
+    strange = [key for key in ("nesterov", "amsgrad", "maximize", "dampening", "centered") if group.get(key)]
+    if {"betas", "eps"} <= set(group) and {"exp_avg", "exp_avg_sq"} <= kept <= {
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "step",
+    }:
+        if decay and group.get("decoupled_weight_decay") is False:
+            strange.append("weight_decay that is a part of the gradient")
+        found = {
             "optimizer": "adamw",
             "momentum": 0.0,
             "beta2": group["betas"][1],
             "epsilon": group["eps"],
-            "weight_decay": float(group["weight_decay"]),
+            "weight_decay": decay,
         }
-    if "momentum" in group:
-        return {"optimizer": "sgd", "momentum": float(group["momentum"]), "weight_decay": float(group["weight_decay"])}
-    raise ValueError(
-        f"train.run: {path}: an optimizer with settings {sorted(set(group) - {'params'})}; expected AdamW or SGD, whose dynamics "
-        "SOURCE follows"
-    )
+    elif {"momentum", "dampening"} <= set(group) and kept <= {"momentum_buffer"}:
+        found = {"optimizer": "sgd", "momentum": float(group["momentum"]), "weight_decay": decay}
+    else:
+        strange.append(
+            f"a state of {', '.join(sorted(kept)) or 'nothing'} and the settings {', '.join(sorted(set(group) - {'params'}))}"
+        )
+        found = {}
+    if strange:
+        raise ValueError(
+            f"train.run: {path}: an optimizer with {', '.join(strange)}; expected AdamW as torch has it, or SGD, whose dynamics "
+            "SOURCE follows; to follow the run as one of SGD, which ranks documents worse, remove its optimizer.pt files and set "
+            "curvature.adam to none"
+        )
+    return found
 
 
 def _load_optimizer(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tda.model import Layer, freeze, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
 
 HASH_BLOCK = 1 << 24  # bytes
+AHEAD = 1e-4  # of the logits: rounding in float32 changes less, attention to what comes more
 
 
 def architecture_digest(model: nn.Module) -> str:
@@ -34,12 +35,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
-    """Refuse documents whose tokens or whose length the model (of `origin`) has no place for.
+    """Refuse documents whose tokens or whose length the model (of `origin`) has no place for, and a model that sees ahead.
 
     Raises:
-        ValueError: they were tokenised for another model, or are too long.
+        ValueError: they were tokenised for another model, or are too long; or predictions of a token know the tokens after it.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     largest = max(int(row.max()) for row in documents.tokens)
     if largest >= vocabulary:
         raise ValueError(
@@ -53,6 +54,21 @@ def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
             f"{origin}: the model has room for {room} tokens, the longest document has {longest}; set prepare.context to {room} "
             "or fewer"
         )
+    if sees_ahead(model):
+        raise ValueError(
+            f"{origin}: the first prediction of {type(model).__name__} changes with the tokens after it; expected a causal "
+            "language model, not one that reads both ways, as BERT does unless its config.json says is_decoder"
+        )
+
+
+@torch.no_grad()
+def sees_ahead(model: nn.Module) -> bool:
+    """Whether the logits at the first of a few tokens change with the last."""
+    device = next(model.parameters()).device
+    first, other = (
+        model(input_ids=torch.tensor([[0, 1, last]], device=device), use_cache=False).logits[0, 0].float() for last in (2, 3)
+    )
+    return bool((first - other).norm() > AHEAD * first.norm())
 
 
 def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:

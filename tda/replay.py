@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tda.counterfactual import BATCH_NORMS
 from tda.data import Batch, Data, TensorBatch
 from tda.optimizer_steps import PULL_BACKS, STEPS, State, Weights
+from tda.parallel import DEVICE_ERRORS
 from tda.task import Task
 from tda.trajectory import Run
 
@@ -253,15 +254,19 @@ class _Gradient:
 
         The loss and its gradient were run once for all queries; only the products with their derivatives have a query axis.
         """
-        *of_weights, of_w = torch.autograd.grad(
-            list(self.values.values()),
-            [*self.leaves.values(), self.w],
-            [g[name] for name in self.values],
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
-        )
+        leaves, tangents = [*self.leaves.values(), self.w], [g[name] for name in self.values]
+        try:
+            *of_weights, of_w = self._products(leaves, tangents, is_grads_batched=True)
+        except DEVICE_ERRORS:
+            raise
+        except RuntimeError:  # an operation that cannot be batched over queries, as group norm
+            each = zip(*(self._products(leaves, list(one)) for one in zip(*tangents, strict=True)), strict=True)
+            *of_weights, of_w = (None if parts[0] is None else torch.stack(parts) for parts in each)
         return dict(zip(self.leaves, of_weights, strict=True)), of_w
+
+    def _products(self, leaves: list[Tensor], tangents: list[Tensor], **batched: bool) -> Sequence[Tensor | None]:
+        values = list(self.values.values())
+        return torch.autograd.grad(values, leaves, tangents, retain_graph=True, allow_unused=True, **batched)
 
 
 def _walk_back(training: _Training, saved: dict[int, State], row_weights: Tensor, q: State, block: int) -> Tensor:

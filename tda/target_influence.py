@@ -5,6 +5,7 @@ asked for, and each finds directions for the others. Documents' gradients are ta
 to the targets lies where a projection that was fitted to the curvature keeps little of it.
 """
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from tda.parallel import device_of
 from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
+from tda.trajectory import Run
 
 MOST_GROUPS, ROUNDS = 12, 6  # means of targets that are solved for: so few that further rounds cost little
 SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # whose curvature is solved with; in smaller batches than gradients are taken
@@ -44,6 +46,12 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
     steps = read_json(workspace.training, stage="train")["checkpoint_steps"]
     run = load_run(workspace, needs_moments=config.curvature.adam != "none", only=around(steps, settings.counterfactual_end))
     run = replace(run, model=run.model.to(device_of(config.compute)))  # where everything is worked out
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "attribute: scores follow")  # `curvature` has said so, and by its own name
+        return _scored(run, config, documents, queries, settings)
+
+
+def _scored(run: Run, config: Config, documents: Documents, queries: Documents, settings: Settings) -> np.ndarray:
     fitted = Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings)
     place = at_mean_of(fitted, range(len(run.checkpoints)))
     groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())

@@ -144,19 +144,17 @@ def at_mean(run: Run, indices: Sequence[int]) -> Run:
 def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Checkpoint:
     """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
     last = held[-1]
-    return Checkpoint(
-        step,
-        {
-            name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
-            for name, value in last.weights.items()
-        },
-        {
-            name: (1 - optimizer.beta2**step)
-            * sum(each.second_moments[name] / each.bias_correction(optimizer) for each in held)
-            / len(held)
-            for name in last.second_moments
-        },
-    )
+    weights = {
+        name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
+        for name, value in last.weights.items()
+    }
+    moments = {
+        name: (1 - optimizer.beta2**step)
+        * sum(each.second_moments[name] / each.bias_correction(optimizer) for each in held)
+        / len(held)
+        for name in last.second_moments
+    }
+    return Checkpoint(step, weights, moments, mean_weights=weights)
 
 
 class Recorder:

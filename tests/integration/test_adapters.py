@@ -205,6 +205,18 @@ def test_any_model_from_python(wrapped):
         assert np.corrcoef(got.ravel(), oracle.ravel())[0, 1] > 0.9, method
 
 
+@pytest.mark.parametrize("layers", [r".*(q_proj|lm_head)", r".*(q_proj|embed_tokens)"])
+def test_an_adapter_at_either_end_of_the_model(base, tmp_path, layers):
+    """PEFT saves the weights of a head or embedding with its adapter; they are not trained for that."""
+    write_corpus(tmp_path)
+    config, workspace = toy_config(tmp_path, train__model=str(base), train__lora=LORA | {"layers": layers}), Workspace(tmp_path)
+    run_stages(config, workspace, *SCORED)
+    model = load_checkpoint(workspace, 3)
+    assert {"lora_" in name for name in trained_parameters(model)} == {True}
+    assert {layer.name.split(".")[-2] for layer in tracked_layers(model)} <= {"lora_A", "lora_B"}
+    assert pl.read_parquet(workspace.scores)["score_source"].std() > 0
+
+
 def test_frozen_weights_are_neither_summed_nor_kept():
     model = with_adapter(tiny_llama())
     assert {"lora_" in name for name in moving_state(model)} == {True}
@@ -238,6 +250,7 @@ def of_another_model(folder: Path) -> None:
         (lambda folder: says(folder, peft_type="MAGIC"), r"no adapter that PEFT knows"),
         (lambda folder: says(folder, base_model_name_or_path="/gone"), r"/gone: no causal language model could be loaded"),
         (lambda folder: says(folder, base_model_name_or_path=None), r"does not say which model it was trained on"),
+        (lambda folder: says(folder, use_dora=True), r"an adapter with use_dora, whose magnitudes are not followed"),
         (of_another_model, r"does not fit the model"),
     ],
 )

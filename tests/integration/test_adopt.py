@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tda.adopt import parameter_order
+from tda.adopt import other_recipe, parameter_order
 from tda.artifacts import Workspace, read_json
-from tda.checkpoints import load_checkpoint, optimizer_state
+from tda.checkpoints import check_fits, load_checkpoint, optimizer_state
 from tda.config import Config
 from tda.data import load_documents
 from tda.dynamics import load_exposure, load_segments
 from tda.factors import load_factors
 from tda.tokens import train_tokenizer
+from tests.helpers import random_documents
 from tests.toy import run_stages, sentences, toy_config, write_corpus
 
 pytestmark = pytest.mark.filterwarnings(
@@ -341,18 +342,63 @@ def swap_two_parameters(output: Path) -> None:
     change_optimizer(output, change)
 
 
-def other_optimizer(output: Path) -> None:
+def set_in_groups(**settings: Any) -> Any:
+    """Every group with these settings; None takes one away."""
+
     def change(saved: dict) -> None:
         for group in saved["param_groups"]:
-            del group["betas"]
+            group |= settings
+            for key in [key for key, value in settings.items() if value is None]:
+                del group[key]
 
-    change_optimizer(output, change)
+    return lambda output: change_optimizer(output, change)
+
+
+def keeps(*kinds: str, **settings: Any) -> Any:
+    """The state that another optimizer has of a parameter, and settings of its groups."""
+
+    def change(saved: dict) -> None:
+        for values in saved["state"].values():
+            moment = values["exp_avg"]
+            values.clear()
+            values |= {kind: moment.clone() for kind in kinds}
+        for group in saved["param_groups"]:
+            held = {key: group[key] for key in ("params", "lr", "weight_decay")}
+            group.clear()
+            group |= held | settings
+
+    return lambda output: change_optimizer(output, change)
+
+
+RMSPROP = keeps("square_avg", "step", momentum=0.0, alpha=0.99, eps=1e-8, centered=False)
+LION = keeps("exp_avg", betas=(0.9, 0.99))
+ADAMAX = keeps("exp_avg", "exp_inf", "step", betas=(0.9, 0.999), eps=1e-8)
+EIGHT_BITS = keeps("state1", "state2", "step", betas=(0.9, 0.999), eps=1e-8)
+NESTEROV = keeps("momentum_buffer", momentum=0.9, dampening=0.0, nesterov=True)
 
 
 def log_no_rates(output: Path) -> None:
-    for path in output.glob("checkpoint-*/trainer_state.json"):
-        state = json.loads(path.read_text())
-        path.write_text(json.dumps(state | {"log_history": []}))
+    for folder in output.glob("checkpoint-*"):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (folder / "trainer_state.json").write_text(json.dumps(state | {"log_history": []}))
+
+
+def leave_no_rates(output: Path) -> None:
+    log_no_rates(output)
+    for path in output.glob("checkpoint-*/scheduler.pt"):
+        path.unlink()
+
+
+def leave_the_last_rate(output: Path) -> None:
+    leave_no_rates(output)
+    path = output / f"checkpoint-{STEPS}" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"log_history": [{"step": STEPS, "learning_rate": 1e-6}]}))
+
+
+def cut_state(output: Path) -> None:
+    path = output / f"checkpoint-{STEPS}" / "trainer_state.json"
+    path.write_text(path.read_text()[:100])
 
 
 def other_architecture(output: Path) -> None:
@@ -375,8 +421,17 @@ def other_architecture(output: Path) -> None:
         (cut_optimizer, FileNotFoundError, r"optimizer\.pt cannot be read"),
         (drop_a_parameter, ValueError, r"is for \d+ parameters, the model has \d+"),
         (swap_two_parameters, ValueError, "expected the optimizer of this model"),
-        (other_optimizer, ValueError, "expected AdamW or SGD"),
-        (log_no_rates, ValueError, "no learning rate in its log_history"),
+        (set_in_groups(betas=None), ValueError, "expected AdamW as torch has it, or SGD"),
+        (set_in_groups(amsgrad=True), ValueError, "an optimizer with amsgrad; expected AdamW"),
+        (set_in_groups(decoupled_weight_decay=False), ValueError, "weight_decay that is a part of the gradient"),
+        (RMSPROP, ValueError, r"a state of square_avg, step and the settings alpha, .*; expected AdamW"),
+        (LION, ValueError, r"a state of exp_avg and the settings betas, .*; expected AdamW"),
+        (ADAMAX, ValueError, r"a state of exp_avg, exp_inf, step .*; expected AdamW"),
+        (EIGHT_BITS, ValueError, r"a state of state1, state2, step .*; expected AdamW"),
+        (NESTEROV, ValueError, "an optimizer with nesterov; expected AdamW"),
+        (leave_no_rates, ValueError, "no learning rate in its log_history before step 24.*smaller logging_steps"),
+        (leave_the_last_rate, ValueError, "no learning rate in its log_history before step 24.*smaller logging_steps"),
+        (cut_state, ValueError, r"train.run: .*trainer_state.json cannot be read: .*; expected the file as the Trainer wrote it"),
         (other_architecture, ValueError, "another architecture than the ones before it"),
     ],
 )
@@ -387,6 +442,47 @@ def test_a_run_that_cannot_be_adopted_is_refused(gpt2, tmp_path, spoil, error, m
         run_stages(config, workspace, "train")
     assert not workspace.training.exists()
     assert not workspace.checkpoints.exists()
+
+
+def test_rates_that_were_not_logged_come_from_the_checkpoints_schedulers(gpt2, tmp_path):
+    config, workspace, output = copy_of(gpt2, tmp_path)
+    log_no_rates(output)
+    run_stages(config, workspace, "train")
+    rates = pl.read_parquet(workspace.trajectory)["learning_rate"].to_numpy()
+    next_ones = np.arange(SAVE, STEPS, SAVE)
+    np.testing.assert_allclose(rates[next_ones], np.array(gpt2.rates)[next_ones], rtol=1e-12)
+    assert np.corrcoef(rates[SAVE:], gpt2.rates[SAVE:])[0, 1] > 0.99
+
+
+def test_what_retraining_does_otherwise_is_said(gpt2, tmp_path, capfd):
+    config, workspace, _output = copy_of(gpt2, tmp_path)
+    other = config.train.model_copy(update={"learning_rate": 0.03, "optimizer": "sgd"})
+    run_stages(config.model_copy(update={"train": other}), workspace, "train")
+    said = capfd.readouterr().err
+    assert (
+        "tda train: the run had optimizer adamw (train.optimizer is sgd), learning_rate 0.01 (train.learning_rate is 0.03): "
+        in said
+    )
+    assert "retraining, and so the verdict, goes by params.yaml" in said
+    same = {"optimizer": "adamw", "weight_decay": config.train.weight_decay, "beta2": config.train.beta2, "momentum": 0.0}
+    assert other_recipe(config.train, same, peak=config.train.learning_rate * 1.01) == ""
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    for is_decoder in (False, True):
+        torch.manual_seed(0)
+        model = BertLMHeadModel(BertConfig(vocab_size=300, max_position_embeddings=32, is_decoder=is_decoder, **sizes)).eval()
+        documents = random_documents(2)
+        if is_decoder:
+            check_fits(model, documents, origin="bert")
+        else:
+            with pytest.raises(
+                ValueError, match="bert: the first prediction of BertLMHeadModel changes with the tokens after it"
+            ):
+                check_fits(model, documents, origin="bert")
 
 
 def test_documents_in_the_tokens_of_another_model_are_refused(gpt2, tmp_path):

@@ -1,5 +1,7 @@
 """Tangent kernels and the machines in them, against autograd and real refitting; block Krylov; averaged weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from tda.kernel import rank_one_roots, tangent_kernel
 from tda.kernel_machine import RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
 from tda.surrogate import memory_needed, path_kernel, retrained_effects
 from tda.task import CausalLM, Classification, Regression
-from tda.trajectory import at_mean, averaged
+from tda.trajectory import at_mean
 from tests.helpers import dense_gradient, random_documents, tiny_llama
 from tests.unit.test_attribute import setting
 
@@ -319,6 +321,14 @@ def test_queries_that_are_too_large_to_be_held_together_are_solved_apart(monkeyp
     assert not np.allclose(apart, together, rtol=1e-6)  # three rounds do not reach the end: what others add is seen
 
 
+@pytest.mark.parametrize("method", ["averaged_influence", "fast_source", "source", "surrogate+averaged_influence"])
+def test_methods_that_average_the_trajectory_take_mean_weights_too(method):
+    held = fitted("classification")
+    scores = attribute(method, held.run, held.task, held.train, held.queries, weights="mean").values
+    assert np.isfinite(scores).all()
+    assert scores.std() > 0
+
+
 def test_mean_weights_are_those_of_the_steps_between_checkpoints():
     run, *_ = setting("classification", "adamw")
     one = at_mean(run, [1, 2])
@@ -332,8 +342,9 @@ def test_mean_weights_are_those_of_the_steps_between_checkpoints():
     }
     for name, value in one.checkpoints[0].second_moments.items():
         torch.testing.assert_close(value / (1 - 0.999**12), corrected[name])
+    plain = replace(run, checkpoints=[replace(checkpoint, mean_weights={}) for checkpoint in run.checkpoints])
     with pytest.raises(ValueError, match="no mean weights; record the run with a Recorder"):
-        averaged(run, [[0], [1], [2], [3]]).at(0, mean=True)
+        plain.at(0, mean=True)
 
 
 @pytest.mark.parametrize(("end", "expected"), [(0.5, [2, 3]), (1.0, [4, 5]), (0.1, [0, 1]), (0.7, [3, 4])])

@@ -237,6 +237,25 @@ def test_buffers_shared_layers_and_unused_parameters(optimizer):
     torch.testing.assert_close(scores[:, [0, 5]], differences, rtol=1e-5, atol=1e-8)
 
 
+def test_an_operation_that_cannot_be_batched_over_queries():
+    """Group norm's second derivatives: the queries are then taken one after another."""
+    data, queries, task = examples(), examples(3, seed=1), Classification("loss")
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 4)).double().eval()
+
+    _model, run = really_train(build, OPTIMIZERS["adamw with decay"], data, some_batches())
+    scores = torch.from_numpy(replay_scores(run, task, data, queries))
+    differences = finite_differences(
+        lambda weights: really_train(build, OPTIMIZERS["adamw with decay"], data, some_batches(), weights)[0],
+        lambda trained: all_costs(task, trained, queries),
+        [0, 5],
+        len(data),
+    )
+    torch.testing.assert_close(scores[:, [0, 5]], differences, rtol=1e-5, atol=1e-8)
+
+
 def test_batch_norms_that_learned_statistics_are_named():
     model = WithExtras()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
