@@ -3,6 +3,8 @@
 Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, no_type_check
 
 import torch
@@ -15,6 +17,7 @@ from tda.packing import DocumentBatch
 
 Labels = Literal["true", "sampled"]
 Measurement = Literal["loss", "margin", "log_probability"]
+Backend = str | Callable  # of torch.compile
 
 ROWS_AT_ONCE, ROWS_ON_CPU = 2048, 256  # of logits; on a CPU those of a small vocabulary stay in the cache
 
@@ -26,12 +29,14 @@ def document_losses(
     weights: Float[Tensor, " batch"] | None = None,
     labels: Labels = "true",
     generator: torch.Generator | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
     """The sum over documents of `weights` (default 1) times the loss, to be differentiated; and every document's loss.
 
     A loss is the cross-entropy of the predictions that count, summed over the document, in nats. With sampled labels it is that
     of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
     which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
+    With a `backend` what is done to each logit is compiled by it; not where labels are sampled.
     """
     places, targets = batch.predictions
     uniform = None
@@ -47,7 +52,7 @@ def document_losses(
     else:
         hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
         W = head.weight if torch.is_grad_enabled() else head.weight.detach()
-        total, losses = _HeadLosses.apply(hidden.flatten(0, 1).index_select(0, places), W, targets, uniform, w)
+        total, losses = _HeadLosses.apply(hidden.flatten(0, 1).index_select(0, places), W, targets, uniform, w, backend)
     return total, batch.sums(losses.detach())
 
 
@@ -98,6 +103,7 @@ def head_losses(
     w: Float[Tensor, " row"],
     *,
     differentiate: tuple[bool, bool],
+    backend: Backend | None = None,
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row d"] | None, Float[Tensor, "vocabulary d"] | None]:
     """`logit_losses` of `h W^T`, and the gradients of their sum weighted by `w`, in `h` and in `W`, as `differentiate` asks.
 
@@ -111,10 +117,14 @@ def head_losses(
     rows = ROWS_ON_CPU if h.device.type == "cpu" else ROWS_AT_ONCE
     for start in range(0, len(h), rows):
         block = slice(start, start + rows)
-        log_p = at_least_float32(h[block] @ W.T).log_softmax(dim=1)
-        labels = (targets[block] if uniform is None else draw(log_p.exp(), uniform[block]))[:, None]
-        losses[block] = -log_p.gather(1, labels)[:, 0]
-        Ds = log_p.exp_().scatter_add_(1, labels, log_p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
+        logits = h[block] @ W.T
+        if backend is not None and uniform is None:
+            losses[block], Ds = _compiled(backend)(*map(_of_any_length, (logits, targets[block])))
+        else:
+            log_p = at_least_float32(logits).log_softmax(dim=1)
+            labels = (targets[block] if uniform is None else draw(log_p.exp(), uniform[block]))[:, None]
+            losses[block] = -log_p.gather(1, labels)[:, 0]
+            Ds = log_p.exp_().scatter_add_(1, labels, log_p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
         if of_h:
             dh[block] = w[block, None] * (Ds @ W)
         if of_W:
@@ -122,21 +132,41 @@ def head_losses(
     return losses, dh, dW if dW is None else dW.to(W.dtype)
 
 
+@no_type_check
+def _losses_and_slopes(logits, targets):
+    """The losses, and their gradients in the logits: two passes over a row once it is compiled, where it is half a dozen else."""
+    log_p = at_least_float32(logits).log_softmax(dim=1)
+    at_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return -log_p.gather(1, targets[:, None])[:, 0], (log_p.exp() - at_target.to(log_p.dtype)).to(logits.dtype)
+
+
+@functools.cache
+def _compiled(backend: Backend) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_losses_and_slopes, backend=backend, fullgraph=True)
+
+
+def _of_any_length(rows: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return rows
+
+
 class _HeadLosses(torch.autograd.Function):
     """`head_losses` for autograd: their weighted sum, and the losses, of which no gradient is had."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, W: Tensor, targets: Tensor, uniform: Tensor | None, w: Tensor) -> tuple[Tensor, Tensor]:
-        losses, dh, dW = head_losses(h, W, targets, uniform, w, differentiate=ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, h: Tensor, W: Tensor, targets: Tensor, uniform: Tensor | None, w: Tensor, backend: Backend | None
+    ) -> tuple[Tensor, Tensor]:
+        losses, dh, dW = head_losses(h, W, targets, uniform, w, differentiate=ctx.needs_input_grad[:2], backend=backend)
         ctx.mark_non_differentiable(losses)
         ctx.save_for_backward(dh, dW)
         return (w * losses).sum(), losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor, _of_losses: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, g: Tensor, _of_losses: Tensor) -> tuple[Tensor | None, ...]:
         dh, dW = ctx.saved_tensors
-        return None if dh is None else g * dh, None if dW is None else g * dW, None, None, None
+        return None if dh is None else g * dh, None if dW is None else g * dW, None, None, None, None
 
 
 @no_type_check  # is compiled

@@ -10,6 +10,7 @@ own. Of its input no more than `P_i^T x_t` is kept. `gradients.gradient_rows`, w
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import no_type_check
 
 import torch
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tda.gradients import outer_products
-from tda.losses import at_least_float32
+from tda.losses import Backend, at_least_float32
 from tda.model import Layer, layer_matrix, plain_head
 from tda.packing import PackedBatch, spread, within_documents
 from tda.projection import Projection, encode_inputs
-from tda.task import Task
+from tda.task import CausalLM, Task
 
-Backend = str | Callable  # of torch.compile
 MOST_GRAPHS = (
     64  # of the code that all decoder layers share: some for every kind of layer, by whether its grid is full, and so on
 )
@@ -94,7 +94,7 @@ def row_layers(
     projections: dict[str, Projection],
     backend: Backend | None = "inductor",
 ) -> Iterator[RowsOf]:
-    """Inside the block, a function that gives what `gradients.gradient_rows` does; decoder layers are compiled by `backend`.
+    """Inside the block, a function that gives what `gradients.gradient_rows` does; `backend` compiles decoder layers and losses.
 
     With `backend` None nothing is compiled. A batch should have as many tokens as the others (`fill_to` of `packing.pack`): a
     batch of other size is compiled anew, one of more documents or longer ones is not.
@@ -116,6 +116,8 @@ def row_layers(
         for layer in layers
     }
     compiled = decoder_layers(model) if backend else []
+    if isinstance(task, CausalLM):
+        task = replace(task, backend=backend)
 
     def rows_of(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         R = [exchanged[layer.name].start(batch) for layer in layers]

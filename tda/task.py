@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tda.data import Batch, TensorBatch
 from tda.losses import (
+    Backend,
     Labels,
     Measurement,
     at_least_float32,
@@ -76,10 +77,11 @@ class Task(Protocol):
 class CausalLM:
     """Next-token prediction: cross-entropy in nats, summed over the predictions of a document that count.
 
-    The cost is the loss, minus the margin (log p/(1-p)), or minus the log-probability.
+    The cost is the loss, minus the margin (log p/(1-p)), or minus the log-probability. `backend` compiles losses of true labels.
     """
 
     measurement: Measurement = "loss"
+    backend: Backend | None = None
 
     def losses(
         self,
@@ -91,7 +93,7 @@ class CausalLM:
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
         """See `Task.losses`."""
-        return document_losses(model, batch, weights=weights, labels=labels, generator=generator)
+        return document_losses(model, batch, weights=weights, labels=labels, generator=generator, backend=self.backend)
 
     def costs(
         self, model: nn.Module, batch: DocumentBatch, *, weights: Float[Tensor, " example"]

@@ -32,7 +32,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name.
+    """The weights after a step, by name, frozen ones or not, and AdamW's second moments (`exp_avg_sq`) by parameter name.
 
     `mean_weights` are the means over the steps since the checkpoint before: what training did there without the noise of its
     batches.
@@ -179,7 +179,10 @@ class Recorder:
         self._optimizer = optimizer
         self._settings = _settings(optimizer)
         self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
-        self._initial = _copy(model.state_dict())
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        every = model.named_parameters(remove_duplicate=False)
+        self._frozen = {name for name, one in every if not one.requires_grad and id(one) not in trained}
+        self._initial = self._moving()
         self._checkpoints: list[Checkpoint] = []
         self._learning_rates: list[float] = []
         self._batches: list[np.ndarray] = []
@@ -194,11 +197,16 @@ class Recorder:
             self._checkpoints.append(
                 Checkpoint(
                     len(self._batches),
-                    _copy(self._model.state_dict()),
+                    self._moving(),
                     second_moments(self._model, self._optimizer),
                     self._mean.take(),
                 )
             )
+
+    def _moving(self) -> dict[str, Tensor]:
+        """A copy of the model's state on the CPU, where it fills no GPU; of what is frozen the model itself is the only one."""
+        state = self._model.state_dict()
+        return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if name not in self._frozen}
 
     @property
     def run(self) -> Run:
@@ -223,11 +231,6 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
         for name, parameter in model.named_parameters()
         if "exp_avg_sq" in optimizer.state.get(parameter, {})
     }
-
-
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU: a run would fill a GPU with its checkpoints."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:

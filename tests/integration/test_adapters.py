@@ -223,6 +223,11 @@ def test_frozen_weights_are_neither_summed_nor_kept():
     mean = RunningMean(model)
     mean.add()
     assert mean.take().keys() == moving_state(model).keys()
+    optimizer = torch.optim.SGD(trained_parameters(model).values(), lr=0.1)
+    recorder = Recorder(model, optimizer, num_steps=1, num_checkpoints=1)
+    recorder.step([0])
+    (checkpoint,) = recorder.run.checkpoints
+    assert checkpoint.weights.keys() == recorder.run.initial.keys() == moving_state(model).keys()
 
 
 def cut_short(folder: Path) -> None:

@@ -55,6 +55,18 @@ def test_a_head_that_is_listened_to_is_called():
     assert heard == [1]
 
 
+@pytest.mark.filterwarnings("ignore")  # by torch itself, while it traces
+@pytest.mark.parametrize("num_rows", [1, ROWS_ON_CPU, ROWS_ON_CPU + 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_losses_are_the_same(num_rows, dtype):
+    h, W, targets, _uniform, w = head_case(num_rows)
+    given = (h.detach().to(dtype), W.detach().to(dtype), targets, None, w if dtype == torch.float64 else w.float())
+    expected = head_losses(*given, differentiate=(True, True))
+    found = head_losses(*given, differentiate=(True, True), backend="aot_eager")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **({} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 1e-2}))
+
+
 def head_case(num_rows: int, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
 
