@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,12 @@ def row_engine(
         raise ValueError(
             f"compute.compile: {type(model).__name__} mixes documents that stand in one row, as with attention to a window only; "
             "expected a model that can keep them apart; set it to auto or never"
+        )
+    if wanted == "auto" and device.type != "cpu" and not packs(model):
+        print(
+            f"tda gradients: {type(model).__name__} mixes documents that stand in one row: they are padded and not "
+            "compiled, which is slower",
+            file=sys.stderr,
         )
     if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or not packs(model))):
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tda.store import GradientTable
 from tda.stored_rows import peaks, unscaled
 
+DEVICE_BLOCK_BYTES = 64 * 2**20  # of stored rows that a GPU multiplies at once: every block reads all queries again
 READS = 4  # blocks being read at once; a disk that serves one request at a time idles between them
 
 
@@ -65,11 +66,12 @@ def dot_scores(
 
     places, positions = table.places(doc_ids)
     scales = table.column("scale")[places]
-    slices = [slice(start, start + table.block_rows) for start in range(0, len(places), table.block_rows)]
+    size = table.block_rows if device.type == "cpu" else max(1, DEVICE_BLOCK_BYTES // table.row_bytes)
+    slices = [slice(start, start + size) for start in range(0, len(places), size)]
     blocks = [Block(places[part], positions[part], scales[part]) for part in slices]
     run = _on_cpu if device.type == "cpu" else _on_device
     with table.vectors() as read, _one_thread_each():
-        run(blocks, read, keep, columns, table, threads or len(os.sched_getaffinity(0)))
+        run(blocks, read, keep, columns, table, size, threads or len(os.sched_getaffinity(0)))
     return scores
 
 
@@ -105,15 +107,15 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _on_cpu(blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table: GradientTable, threads: int) -> None:
+def _on_cpu(blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table: GradientTable, size: int, threads: int) -> None:
     scratch = threading.local()
 
     def multiply(block: Block, filled: Future, buffer: Tensor) -> None:
         try:
             filled.result()
             if not hasattr(scratch, "vectors"):
-                scratch.vectors = torch.empty(table.block_rows, table.dim, dtype=columns.dtype)
-                scratch.products = torch.empty(table.block_rows, columns.shape[1], dtype=columns.dtype)
+                scratch.vectors = torch.empty(size, table.dim, dtype=columns.dtype)
+                scratch.products = torch.empty(size, columns.shape[1], dtype=columns.dtype)
             vectors = buffer if buffer.dtype == columns.dtype else unscaled(buffer, scratch.vectors)
             keep(block, torch.mm(vectors, columns, out=scratch.products))
         finally:
@@ -121,7 +123,7 @@ def _on_cpu(blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table:
 
     free: queue.Queue[Tensor] = queue.Queue()
     for _ in range(min(READS + threads, len(blocks))):
-        free.put(table.buffer())
+        free.put(table.buffer(size))
     with (
         ThreadPoolExecutor(READS) as readers,
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as workers,
@@ -149,12 +151,12 @@ def to_host(products: Tensor, out: Tensor) -> Tensor:
 class _Slot:
     """A buffer, its copy on the device, and its products there and here."""
 
-    def __init__(self, table: GradientTable, columns: Tensor):
-        device, shape = columns.device, (table.block_rows, columns.shape[1])
+    def __init__(self, table: GradientTable, columns: Tensor, size: int):
+        device, shape = columns.device, (size, columns.shape[1])
         pinned = device.type == "cuda"
-        self.buffer = table.buffer(pinned=pinned)
+        self.buffer = table.buffer(size, pinned=pinned)
         self.stored = torch.empty_like(self.buffer, device=device)
-        self.vectors = torch.empty(table.block_rows, table.dim, dtype=columns.dtype, device=device)
+        self.vectors = torch.empty(size, table.dim, dtype=columns.dtype, device=device)
         self.products = torch.empty(shape, dtype=columns.dtype, device=device)
         self.on_host = torch.empty(shape, dtype=columns.dtype, pin_memory=pinned)
         self.done = torch.cuda.Event() if pinned else None  # the products are on the host, and the buffer may be filled again
@@ -182,13 +184,17 @@ class _Slot:
         return self.on_host
 
 
-def _on_device(blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table: GradientTable, _threads: int) -> None:
+def _on_device(
+    blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table: GradientTable, size: int, _threads: int
+) -> None:
     """Each block is one copy of its stored bytes there and one of its products back; the host waits for finished blocks alone.
 
     While a block is copied the one before it is multiplied, the one before that is taken, and the next ones are read.
     """
     copies = torch.cuda.Stream(columns.device) if columns.device.type == "cuda" else None
-    slots = [_Slot(table, columns) for _ in range(min(READS + 2, len(blocks)))]
+    slots = [_Slot(table, columns, size) for _ in range(min(READS + 2, len(blocks)))]
+    if copies is not None:
+        copies.wait_stream(torch.cuda.current_stream(columns.device))  # which made the slots
     with ThreadPoolExecutor(READS) as readers:
 
         def fill(number: int) -> Future | None:

@@ -289,9 +289,9 @@ class GradientTable:
         with self._readable():
             return number(self._dataset.to_table(columns=[name]), name)
 
-    def buffer(self, *, pinned: bool = False) -> Tensor:
+    def buffer(self, rows: int, *, pinned: bool = False) -> Tensor:
         """Zeros for a block of stored vectors, (rows, width)."""
-        shape = (self.block_rows, stored_width(self.dim, self.dtype))
+        shape = (rows, stored_width(self.dim, self.dtype))
         return torch.zeros(shape, dtype=getattr(torch, self.dtype), pin_memory=pinned)
 
     @contextlib.contextmanager
