@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import ROOT, SHAPES, commit
 from benchmarks.peers import DRIVERS, PeerError, run_driver
@@ -137,7 +137,7 @@ def _model(chosen: argparse.Namespace) -> tuple[nn.Module, int]:
         context = LARGE_CONTEXT
         torch.manual_seed(0)
         with torch.device(chosen.device):
-            model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[chosen.model]), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[chosen.model]), dtype=dtype)
     else:
         model = load_model(chosen.model)
         context = min(LARGE_CONTEXT, model.config.max_position_embeddings)

@@ -47,7 +47,7 @@ def actions(handed: Handover) -> dict[str, Action]:
 
 
 def compiled_floor(handed: Handover, documents: Documents) -> Action:
-    """The floor through compiled decoder layers, its logits by blocks: what a logger that costs nothing would take."""
+    """The floor through compiled decoder layers and losses of blocks of logits: what a logger that costs nothing would take."""
     model = handed.model().requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     for layer in decoder_layers(model):
@@ -56,7 +56,7 @@ def compiled_floor(handed: Handover, documents: Documents) -> Action:
     def work(_labels: str) -> dict[str, Tensor]:
         with within_documents(model):
             for batch in handed.batch_plan():
-                document_losses(model, pack(documents, batch).to(handed.device))[0].backward()
+                document_losses(model, pack(documents, batch).to(handed.device), backend="inductor")[0].backward()
         return {}
 
     return work
