@@ -3,7 +3,7 @@
 Rows have 4,096 values. From memory: (row, query) pairs a second of `dot_scores` on one thread and on one per core, beside the
 same matrix products alone, of blocks that are in the cache already. From the disk: bytes a second of `dot_scores` beside the
 plain reading of the same files, one read after the other and four at once, each after the system was told to forget these files
-(this instead of a store larger than memory; the host of a virtual machine may still remember them). The slower of disk and matrix
+(where the store is no larger than memory; the host of a virtual machine may still remember them). The slower of disk and matrix
 products is the ceiling. "lance" is the same with rows read by Lance. In "bfloat16" arithmetic values, queries and results are
 rounded to 8 bits. Answers are checked first.
 
@@ -125,60 +125,65 @@ def measure(folder: Path, dtype: str, chosen: argparse.Namespace) -> dict:
     queries = np.random.default_rng(1).standard_normal((NUM_QUERIES, DIM)).astype(np.float32)
     table, ids = sealed(folder, chosen.rows, dtype)
     check(table, ids, queries)
-    cores = len(os.sched_getaffinity(0))
+    found: dict = {"row_bytes": table.row_bytes}
+    found |= {"memory": from_memory(table, ids, queries, chosen)} if "memory" in chosen.parts else {}
+    found |= {"disk": from_disk(table, ids, queries, chosen)} if "disk" in chosen.parts else {}
+    return found
+
+
+def products_alone(table: GradientTable, ids: list[str], queries: np.ndarray, way: str, count: int) -> Callable[[], object]:
     num_blocks = -(-len(ids) // table.block_rows)
-    paths = sorted(table_path(folder, table.name).glob("data/*"))
-    size, pairs = sum(path.stat().st_size for path in paths), len(ids) * NUM_QUERIES
-    threads = sorted({1, cores})
+    return lambda: multiply_plainly(num_blocks, table.block_rows, queries, way, count)
 
-    def scored(count: int, arithmetic: str) -> Callable[[], object]:
-        return lambda: dot_scores(table, ids, queries, threads=count, arithmetic=arithmetic)
 
-    def multiplied(count: int, arithmetic: str) -> Callable[[], object]:
-        return lambda: multiply_plainly(num_blocks, table.block_rows, queries, arithmetic, count)
+def scoring(table: GradientTable, ids: list[str], queries: np.ndarray, way: str, count: int) -> Callable[[], object]:
+    return lambda: dot_scores(table, ids, queries, threads=count, arithmetic=way)
 
-    memory, memory_cpu = in_turns(
-        {f"{way} {count}": scored(count, way) for way in WAYS for count in threads}
-        | {f"products {way} {count}": multiplied(count, way) for way in WAYS for count in threads},
+
+def from_memory(table: GradientTable, ids: list[str], queries: np.ndarray, chosen: argparse.Namespace) -> dict:
+    cases = [(way, count) for way in WAYS for count in sorted({1, len(os.sched_getaffinity(0))})]
+    clock, processor = in_turns(
+        {f"{way} {count}": scoring(table, ids, queries, way, count) for way, count in cases}
+        | {f"products {way} {count}": products_alone(table, ids, queries, way, count) for way, count in cases},
         rounds=chosen.rounds,
         before=lambda: None,
     )
-    disk, disk_cpu = in_turns(
-        {
-            "read, one at once": lambda: read_plainly(paths, 1),
-            f"read, {READS} at once": lambda: read_plainly(paths, READS),
-            "float32": scored(cores, "float32"),
-            "bfloat16": scored(cores, "bfloat16"),
-            "lance": lambda: by_lance(table, ids, queries, arithmetic="bfloat16"),
-        },
+    pairs = len(ids) * NUM_QUERIES
+    return {
+        f"{way}, {count} thread{'s' * (count > 1)}": {
+            "million_pairs_per_s": round(pairs / clock[f"{way} {count}"] / 1e6, 2),
+            "million_pairs_per_cpu_s": round(pairs / processor[f"{way} {count}"] / 1e6, 2),
+            "ratio_to_products_alone": round(clock[f"products {way} {count}"] / clock[f"{way} {count}"], 2),
+            "ratio_in_cpu_s": round(processor[f"products {way} {count}"] / processor[f"{way} {count}"], 2),
+        }
+        for way, count in cases
+    }
+
+
+def from_disk(table: GradientTable, ids: list[str], queries: np.ndarray, chosen: argparse.Namespace) -> dict:
+    cores = len(os.sched_getaffinity(0))
+    folder = table_path(table.store, table.name)
+    paths = sorted(folder.glob("data/*"))
+    size = sum(path.stat().st_size for path in paths)
+    clock, processor = in_turns(
+        {"read, one at once": lambda: read_plainly(paths, 1), f"read, {READS} at once": lambda: read_plainly(paths, READS)}
+        | {way: scoring(table, ids, queries, way, cores) for way in WAYS}
+        | {"lance": lambda: by_lance(table, ids, queries, arithmetic="bfloat16")},
         rounds=chosen.rounds,
         before=lambda: forget(folder),
     )
-    one, several = disk["read, one at once"], disk[f"read, {READS} at once"]
-    return {
-        "row_bytes": table.row_bytes,
-        "memory": {
-            f"{way}, {count} thread{'s' * (count > 1)}": {
-                "million_pairs_per_s": round(pairs / memory[f"{way} {count}"] / 1e6, 2),
-                "million_pairs_per_cpu_s": round(pairs / memory_cpu[f"{way} {count}"] / 1e6, 2),
-                "ratio_to_products_alone": round(memory[f"products {way} {count}"] / memory[f"{way} {count}"], 2),
-                "ratio_in_cpu_s": round(memory_cpu[f"products {way} {count}"] / memory_cpu[f"{way} {count}"], 2),
-            }
-            for way in WAYS
-            for count in threads
-        },
-        "disk": {f"{name}, GB/s": round(size / spent / 1e9, 2) for name, spent in disk.items()}
-        | {f"{name}, GB/s of free cores": round(size * cores / spent / 1e9, 2) for name, spent in disk_cpu.items()}
-        | {
-            f"{way}, ratio to {name}": round(reference / disk[way], 2)
-            for way in WAYS
-            for name, reference in (
-                ("sequential reading", one),
-                (f"{READS} reads at once", several),
-                ("the ceiling", max(min(one, several), memory[f"products {way} {cores}"])),
-            )
-        },
-    }
+    products, _ = in_turns(
+        {way: products_alone(table, ids, queries, way, cores) for way in WAYS}, rounds=chosen.rounds, before=lambda: None
+    )
+    one, several = clock["read, one at once"], clock[f"read, {READS} at once"]
+    references = {"sequential reading": one, f"{READS} reads at once": several}
+    return (
+        {"GiB": round(size / 2**30, 1)}
+        | {f"{name}, GB/s": round(size / spent / 1e9, 2) for name, spent in clock.items()}
+        | {f"{name}, GB/s of free cores": round(size * cores / spent / 1e9, 2) for name, spent in processor.items()}
+        | {f"{way}, ratio to {name}": round(spent / clock[way], 2) for way in WAYS for name, spent in references.items()}
+        | {f"{way}, ratio to the ceiling": round(max(min(one, several), products[way]) / clock[way], 2) for way in WAYS}
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -186,6 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "int8"])
+    parser.add_argument("--parts", nargs="+", choices=("memory", "disk"), default=["memory", "disk"])
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files go")
     chosen = parser.parse_args(arguments)
     told = {}
