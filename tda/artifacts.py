@@ -6,6 +6,7 @@ Everything is written to `NAME.part` beside its place and renamed when whole, so
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
@@ -256,16 +257,39 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+class _LackingError(KeyError, ValueError):
+    """A key that a file lacks; its message is told as that of a ValueError is, without quotes."""
+
+    __str__ = ValueError.__str__
+
+
+class _Object(dict):
+    """An object of a JSON file, in which a key that is missing is an error that names the file."""
+
+    def __init__(self, values: dict, *, path: Path, stage: str):
+        super().__init__(values)
+        self._path, self._stage = path, stage
+
+    def __missing__(self, key: str) -> Any:
+        raise _LackingError(damaged(self._path, ValueError(f"it has no {key}"), stage=self._stage))
+
+
 def read_json(path: Path, *, stage: str) -> Any:
-    """The value in `path`, which `stage` makes.
+    """The object in `path`, which `stage` makes.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or, when it is looked up, lacks a key.
     """
     try:
-        return json.loads(existing(path, stage=stage).read_text(encoding="utf-8"))
+        value = json.loads(
+            existing(path, stage=stage).read_text(encoding="utf-8"),
+            object_hook=functools.partial(_Object, path=path, stage=stage),
+        )
+        if not isinstance(value, dict):
+            raise ValueError(f"it is no object but {type(value).__name__}")
     except ValueError as error:
         raise ValueError(damaged(path, error, stage=stage)) from error
+    return value
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:

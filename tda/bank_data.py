@@ -109,6 +109,7 @@ def check_data(data: BankData, recipe: Recipe, *, origin: str) -> None:
             f"{origin}: x_train is of shape {data.x_train.shape} and x_query of {data.x_query.shape}; expected at least one row "
             "each, all of the same shape"
         )
+    _check_flipped(data, origin=origin)
     if isinstance(recipe.model, CausalLMModel):
         if data.x_train.dtype.kind not in "ui" or data.x_train.ndim != 2 or data.x_train.shape[1] < 2:
             raise ValueError(
@@ -123,6 +124,18 @@ def check_data(data: BankData, recipe: Recipe, *, origin: str) -> None:
             raise ValueError(f"{origin}: y_{name}: expected a target for each of the {len(x)} rows of x_{name}; got {got}")
         _check_features(x, f"x_{name}", recipe, origin=origin)
         _check_targets(y, f"y_{name}", recipe.model, loss=recipe.loss, origin=origin)
+
+
+def _check_flipped(data: BankData, *, origin: str) -> None:
+    flipped = data.extras.get("flipped", np.zeros(data.num_rows, bool))
+    no_rows = flipped[~np.isin(flipped, np.arange(data.num_rows))]
+    fits = flipped.shape == (data.num_rows,) if flipped.dtype == bool else flipped.ndim == 1 and not no_rows.size
+    if not fits:
+        found = f": {', '.join(str(value) for value in no_rows[:3])}" if no_rows.size else ""
+        raise ValueError(
+            f"{origin}: flipped: expected a boolean for each of {data.num_rows} rows, or row numbers from 0 to "
+            f"{data.num_rows - 1}; got {flipped.dtype} of shape {flipped.shape}{found}"
+        )
 
 
 def _check_features(x: np.ndarray, name: str, recipe: Recipe, *, origin: str) -> None:

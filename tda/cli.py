@@ -202,7 +202,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     bank.add_argument("out", type=Path, metavar="OUT", help="the bank to write, .npz; a killed run goes on")
     bank.add_argument("--subsets", type=_positive, default=100, metavar="N", help="random halves (default: %(default)s)")
     bank.add_argument("--repeats", type=_positive, default=10, metavar="N", help="models on each (default: %(default)s)")
-    bank.add_argument("--seed", type=int, default=0, metavar="N", help="of subsets and models (default: %(default)s)")
+    bank.add_argument("--seed", type=_seed, default=0, metavar="N", help="of subsets and models (default: %(default)s)")
 
 
 def _add_evaluation(kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
@@ -247,6 +247,14 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1; got {text}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    from tda.config import MAX_SEED
+
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {MAX_SEED}; got {text}")
     return int(text)
 
 
@@ -323,12 +331,17 @@ def _text(options: argparse.Namespace) -> str:
     """The text that was asked about.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or not UTF-8.
     """
-    if options.file is not None:
-        text = options.file.read_text(encoding="utf-8")
-    else:
-        text = sys.stdin.read() if options.text == "-" else options.text
+    origin = str(options.file or ("standard input" if options.text == "-" else "TEXT"))
+    try:
+        if options.file is not None:
+            text = options.file.read_text(encoding="utf-8-sig")
+        else:
+            text = sys.stdin.read() if options.text == "-" else options.text
+        text.encode("utf-8")  # bytes that are none come as halves of surrogate pairs
+    except UnicodeError as error:
+        raise ValueError(f"{origin}: not UTF-8 text: {error}; convert it") from error
     if not text.strip():
         raise ValueError("the text is empty; expected at least one word")
     return text

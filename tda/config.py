@@ -5,16 +5,21 @@ Defaults stand in `params.yaml` only, so every key must be present there.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+MAX_SEED = 10**9  # torch takes 64 bits, and curvature's generators are numbered by the seed times 1000 * 8 * 2**20
+CURATION_METHODS = ("averaged_influence", "source", "ekfac_influence", "gradient_dot", "gradient_cosine", "bm25", "random")
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+
 
 class Section(BaseModel):
-    """A section of `params.yaml`; frozen, and an unknown key is an error."""
+    """A section of `params.yaml`; frozen, and an unknown key or a number that is not finite is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class Prepare(Section):
@@ -41,7 +46,7 @@ class Prepare(Section):
     tokenizer: str  # empty: the model's own, or a BPE trained on the corpus when the model is built here
     vocabulary: int = Field(ge=258)  # of the BPE tokenizer trained here
     context: int = Field(ge=8)  # tokens; a longer document is split into parts
-    seed: int
+    seed: Seed
 
 
 class Architecture(Section):
@@ -53,6 +58,21 @@ class Architecture(Section):
     num_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
     tie_embeddings: bool
+
+    @model_validator(mode="after")
+    def _heads_divide_the_model(self):
+        hidden, heads, groups = self.hidden_size, self.num_heads, self.num_key_value_heads
+        if hidden % (2 * heads):
+            raise ValueError(
+                "hidden_size is divided among num_heads, an even number for each, whose halves are rotated together; expected a "
+                f"multiple of {2 * heads}, twice num_heads; got {hidden}"
+            )
+        if heads % groups:
+            raise ValueError(
+                "num_key_value_heads are shared by equally many of num_heads; expected a number that divides "
+                f"{heads}; got {groups}"
+            )
+        return self
 
 
 class Lora(Section):
@@ -91,7 +111,7 @@ class Train(Section):
     stages: list[TrainingStage] = Field(min_length=1)
     checkpoints: list[int] = Field(min_length=1)  # 0, 1, ..., C - 1; one gradients task each
     attribute_at: Literal["last", "mean"]  # a checkpoint's weights, or their mean over the steps since the one before
-    seed: int
+    seed: Seed
 
     @model_validator(mode="after")
     def _checkpoints_are_numbered(self):
@@ -139,7 +159,7 @@ class Curvature(Section):
     num_documents: int = Field(ge=0)  # drawn from the documents seen in the segment; 0: all of them
     adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters; "none" is blind to it
     precision: Literal["float32", "bfloat16"]  # of weights, activations and their products; sums are in float32
-    seed: int
+    seed: Seed
 
 
 class Gradients(Section):
@@ -150,7 +170,7 @@ class Gradients(Section):
     dtype: Literal["float16", "float32", "bfloat16", "int8"]  # int8 with an exponent for every 64 values
     precision: Literal["float32", "bfloat16"]  # of weights and activations; sums over tokens are in float32
     batch_tokens: int = Field(ge=1)
-    seed: int
+    seed: Seed
 
 
 class Scores(Section):
@@ -158,19 +178,26 @@ class Scores(Section):
 
     measurement: Literal["loss", "margin", "log_probability"]
     damping: float = Field(gt=0)  # of the EK-FAC influence baseline, in mean eigenvalues of the layer
-    seed: int  # of the random baseline
+    seed: Seed  # of the random baseline
 
 
 class Curation(Section):
     """What is done with the scores."""
 
     action: Literal["drop", "reweight"]
-    method: str  # the score that decides
+    method: str  # the score that decides, one of `CURATION_METHODS`
     drop: float = Field(ge=0)  # below 1: a share of all documents; from 1: a count
     threshold: float | None  # if set, documents that score below it are dropped, `drop` is then an upper bound
     max_share_per_source: float = Field(gt=0, le=1)  # of one source's documents that may be dropped
     min_weight: float = Field(ge=0)  # of reweight
     max_weight: float = Field(gt=0)
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_known(cls, method: str) -> str:
+        if method not in CURATION_METHODS:
+            raise ValueError(f"unknown method {method!r}; known are {', '.join(CURATION_METHODS)}")
+        return method
 
     @field_validator("drop")
     @classmethod
@@ -191,7 +218,15 @@ class Curation(Section):
 class Retraining(Section):
     """Paired retraining on all, curated and randomly reduced data."""
 
-    seeds: list[int] = Field(min_length=2)
+    seeds: list[Seed] = Field(min_length=2)
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        twice = [seed for place, seed in enumerate(seeds) if seed in seeds[:place]]
+        if twice:
+            raise ValueError(f"{twice[0]} is given twice, and would be the same run again; expected different seeds; got {seeds}")
+        return seeds
 
 
 class Evaluation(Section):
@@ -255,6 +290,29 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _factors_of_projected_gradients_are_of_random_ones(self):
+        space, projection, adam = self.curvature.space, self.gradients.projection, self.curvature.adam
+        if space != "full" and (projection != "random" or adam == "symmetric"):
+            raise ValueError(
+                f"curvature.space: {space} fits the factors of gradients projected at random; expected gradients.projection: "
+                f"random and curvature.adam: scalar or none, got {projection} and {adam}"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which the last would count in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"{key.value} is given twice, in lines {lines[key.value]} and {line}; remove one of them")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep=deep)
+
 
 def load_config(path: str | Path = "params.yaml") -> Config:
     """The configuration in `path`.
@@ -267,8 +325,10 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run from the project's folder or give --params FILE")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}; expected YAML in UTF-8; save it as that") from error
+    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, a ValueError
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}; got {type(values).__name__}")

@@ -15,6 +15,37 @@ def load_segments(workspace: Workspace) -> list[Segment]:
     return [Segment(**values) for values in read_json(workspace.segments, stage="segments")["segments"]]
 
 
+def segment_at(workspace: Workspace, index: int) -> Segment:
+    """The segment with this index.
+
+    Raises:
+        ValueError: the run was divided into fewer.
+    """
+    segments = load_segments(workspace)
+    if index >= len(segments):
+        raise ValueError(
+            f"{workspace.segments} has no segment {index}, it has {len(segments)}: segments.indices was changed after stage "
+            "segments had run; run `dvc repro segments`"
+        )
+    return segments[index]
+
+
+def segment_with(workspace: Workspace, checkpoint: int) -> Segment:
+    """The segment that a checkpoint belongs to.
+
+    Raises:
+        ValueError: it belongs to none.
+    """
+    segments = load_segments(workspace)
+    for segment in segments:
+        if checkpoint in segment.checkpoints:
+            return segment
+    raise ValueError(
+        f"{workspace.segments} has no checkpoint {checkpoint}, it has {sum(len(one.checkpoints) for one in segments)}: "
+        "train.checkpoints was changed after the stages train and segments had run; run `dvc repro segments`, which trains again"
+    )
+
+
 def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
     """(document, segment) shares of each segment's learning rate, in the order of `documents`.
 

@@ -2,8 +2,9 @@
 
 The protocol is that of SOURCE's appendix B.3 (Bae et al. 2024), after the brittleness test of Ilyas et al. (2022): classified
 queries that are right under every one of some runs on all rows, a few numbers of rows to remove, a few retrainings each, and as
-control rows removed at random, of the query's own class where there are classes. A query is flipped when it is right in less than
-half of the retrainings. Everywhere the rise of its cost is told too, against runs on all rows from the same initial weights.
+control rows removed at random, of the query's own class where there are classes, of any for all queries together. A query is
+flipped when it is right in less than half of the retrainings. Everywhere the rise of its cost is told too, against runs on all
+rows from the same initial weights.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def evaluate_removal(
     orders = {label: [np.argsort(-values[query], kind="stable") for query in chosen] for label, values in scores.items()}
     if removal.together:
         orders = {label: [np.argsort(-scores[label][chosen].sum(axis=0), kind="stable")] * len(chosen) for label in scores}
-    orders[control_name(bank)] = random_orders(bank, chosen, removal)
+    control = control_name(bank, together=removal.together)
+    orders[control] = random_orders(bank, chosen, removal)
     costs, right = _outcomes(orders, chosen, removal, bank=bank, store=store)
     return {
         "bank": describe(bank, name),
@@ -69,7 +71,7 @@ def evaluate_removal(
         "counts": list(removal.counts),
         "runs": list(seeds),
         "retrainings": removal.num_retrainings,
-        "control": control_name(bank),
+        "control": control,
         "interval": "95% percentile bootstrap over queries",
         "methods": {label: _curve(costs[label], right[label]) for label in orders},
     }
@@ -90,9 +92,9 @@ def choose_queries(right: np.ndarray, removal: Removal, *, bank: Bank) -> np.nda
     return np.sort(np.random.default_rng(removal.seed).permutation(fit)[: removal.num_queries])
 
 
-def control_name(bank: Bank) -> str:
-    """What the control removes, in words."""
-    return "random, same class" if bank.recipe.loss == "cross_entropy" else "random rows"
+def control_name(bank: Bank, *, together: bool) -> str:
+    """What the control removes, in words; for queries together rows of any class, since these are of several."""
+    return "random, same class" if bank.recipe.loss == "cross_entropy" and not together else "random rows"
 
 
 def random_orders(bank: Bank, chosen: np.ndarray, removal: Removal) -> list[np.ndarray]:

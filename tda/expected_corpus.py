@@ -3,7 +3,6 @@
 The sample is read, cleaned and tokenised as `prepare` does it, which also tells what that costs.
 """
 
-import itertools
 import json
 import tempfile
 import time
@@ -20,8 +19,8 @@ from tda.clean import long_enough, without_copies, without_near_copies
 from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, file_texts, source_files
 from tda.data import Documents, load_documents
-from tda.ingest import Document, read_documents
-from tda.prepare import BUILTIN, document_table, fields_of, made_tokenizer
+from tda.ingest import Document, Reading, read_documents
+from tda.prepare import BUILTIN, check_fields, document_table, fields_of, made_tokenizer
 from tda.readers import rows, share_of_bytes
 from tda.split import HALVES, fair_shares
 from tda.tokens import Row, encode_documents
@@ -64,6 +63,8 @@ def expected_corpus(config: Prepare, workspace: Workspace, *, model: str) -> Cor
     if config.documents == BUILTIN:
         general, target_sources = general or GENERAL_SOURCES, target_sources or TARGET_SOURCES
     sample = _read(config)
+    if config.targets not in ("", BUILTIN):
+        _sampled(config, config.targets, key="prepare.targets")  # what `prepare` would refuse
     without_near_copies(sample.documents[:1], threshold=config.near_duplicate_threshold)  # loads what it needs, once
     began = time.process_time()
     kept = without_copies(long_enough(sample.documents, min_characters=config.min_characters))
@@ -132,18 +133,21 @@ def _read(config: Prepare) -> _Sample:
         reading = (time.process_time() - began - listing) / share
         what = f"{len(chosen)} of {len(files)} source files, {len(documents)} documents"
         return _Sample(documents, share, reading, listing, what)
-    held = list(itertools.islice(rows(config.documents, split=config.split), SAMPLE + 1))
-    whole = len(held) <= SAMPLE
-    lines = [json.dumps(row.value, default=str) for row in held[:SAMPLE] if isinstance(row.value, dict)]
-    with tempfile.TemporaryDirectory(prefix="tda-plan-") as folder:
-        path = Path(folder, Path(config.documents).name.split(".")[0] + ".jsonl")
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        reading = read_documents(str(path), fields=fields_of(config), split=config.split, max_bad_rows=1.0)
-    number = len(held) if whole else _num_rows(config)
-    share = min(1.0, len(held[:SAMPLE]) / number)
+    reading = _sampled(config, config.documents, key="prepare.documents")
+    if reading.whole:
+        check_fields(config, reading)
+    number = reading.num_rows if reading.whole else _num_rows(config)
+    share = min(1.0, reading.num_rows / number)
     seconds = (time.process_time() - began) / share
-    words = f"all {number} rows" if whole else f"the first {len(lines)} of about {number} rows"
+    words = f"all {number} rows" if reading.whole else f"the first {reading.num_rows} of about {number} rows"
     return _Sample(reading.documents, share, 0.0, seconds, words)
+
+
+def _sampled(config: Prepare, location: str, *, key: str) -> Reading:
+    """The first rows at `location`; refused as by `prepare` if they are all, or none is a document."""
+    return read_documents(
+        location, fields=fields_of(config), split=config.split, max_bad_rows=config.max_bad_rows, key=key, at_most=SAMPLE
+    )
 
 
 def _num_rows(config: Prepare) -> int:

@@ -17,7 +17,7 @@ from tda.artifacts import MEAN_FILE, Workspace, damaged
 from tda.checkpoints import load_checkpoint, weights_digest
 from tda.config import Config
 from tda.data import Documents, batch_plan
-from tda.dynamics import load_segments
+from tda.dynamics import segment_with
 from tda.factors import SegmentFactors, load_factors
 from tda.gradients import gradient_rows
 from tda.model import Layer
@@ -140,7 +140,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     themselves alone, and a batch that was not committed whole is done again whole: a run that was killed ends with the same rows.
     Each batch is one copy to the device, where it is packed, and one back; a thread writes it while the next is computed.
     """
-    segment = next(segment for segment in load_segments(workspace) if checkpoint in segment.checkpoints)
+    segment = segment_with(workspace, checkpoint)
     factors = load_factors(workspace.curvature(segment.index))
     device = device_of(config.compute)
     projections = segment_projections(config, factors)

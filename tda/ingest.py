@@ -47,6 +47,9 @@ class Reading:
     quarantine: list[dict] = field(default_factory=list)  # file, line, reason, row
     num_rows: int = 0
     num_ids_made: int = 0
+    names: list[str] = field(default_factory=list)  # fields that rows have
+    absent: set[str] = field(default_factory=set)  # fields that were named and no row has
+    whole: bool = True  # whether there are no more rows
 
 
 class _Refused(Exception):  # noqa: N818 (not an error of the program: the row is put aside)
@@ -68,29 +71,43 @@ def separator(prompt: str, completion: str) -> str:
     return "" if not prompt or prompt[-1].isspace() or completion[:1].isspace() else "\n"
 
 
-def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: float, key: str = "prepare.documents") -> Reading:
-    """All documents at `location`, which stands under `key` in `params.yaml`.
+def read_documents(
+    location: str,
+    *,
+    fields: Fields,
+    split: str,
+    max_bad_rows: float,
+    key: str = "prepare.documents",
+    at_most: int | None = None,
+) -> Reading:
+    """All documents at `location`, which stands under `key` in `params.yaml`, or those of the first `at_most` rows.
 
     A row without an id gets one made from its source and content, one without a source its file's name. Of rows with the
     same id, the first is kept, and later ones with other content are put aside.
 
     Raises:
         FileNotFoundError: there is nothing at `location`.
-        ValueError: it cannot be read, is empty, or more than the share `max_bad_rows` of its rows is malformed.
+        ValueError: it cannot be read, is empty, or more than the share `max_bad_rows` of its rows is malformed; of the first
+            rows alone all may be but one.
     """
     if bool(fields.prompt) != bool(fields.completion):
         raise ValueError(
             "prepare: prompt_field and completion_field belong together: expected both or none; got "
             f"{fields.prompt!r} and {fields.completion!r}; set both, or neither and text_field"
         )
-    reading = Reading()
+    reading = Reading(absent={fields.id, fields.source, fields.part} - {""})
     hashes: dict[str, str] = {}
     names: dict[str, None] = {}  # of the fields that rows have, for the message
     try:
         for row in tqdm(rows(location, split=split), desc=f"reading {key}", unit="row", disable=not progress_is_shown()):
+            if reading.num_rows == at_most:
+                reading.whole = False
+                break
             reading.num_rows += 1
-            if isinstance(row.value, dict) and len(names) < 50:
-                names.update(dict.fromkeys(map(str, row.value)))
+            if isinstance(row.value, dict):
+                reading.absent.difference_update(row.value)
+                if len(names) < 50:
+                    names.update(dict.fromkeys(map(str, row.value)))
             try:
                 document, made = _document(row, fields=fields)
                 digest = content_hash(document.text)
@@ -105,11 +122,13 @@ def read_documents(location: str, *, fields: Fields, split: str, max_bad_rows: f
         raise FileNotFoundError(f"{key}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    _check(reading, location=location, max_bad_rows=max_bad_rows, key=key, names=list(names))
+    reading.names = list(names)
+    if reading.whole or not reading.documents:
+        _check(reading, location=location, max_bad_rows=max_bad_rows, key=key)
     return reading
 
 
-def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str, names: list[str]) -> None:
+def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str) -> None:
     if reading.num_rows == 0:
         raise ValueError(f"{key}: {location} is empty: expected rows, got none; check the path and prepare.split")
     bad = len(reading.quarantine)
@@ -120,7 +139,7 @@ def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str, na
         raise ValueError(
             f"{key}: {bad} of {reading.num_rows} rows of {location} are malformed, more than the share {max_bad_rows:g} "
             f"that prepare.max_bad_rows allows; {counts}; first at "
-            f"{first}; fields found: {', '.join(names) or 'none'}; {_remedy(location, reading.quarantine[0]['file'])}"
+            f"{first}; fields found: {', '.join(reading.names) or 'none'}; {_remedy(location, reading.quarantine[0]['file'])}"
         )
 
 

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tda import costs
+from tda.adopt import find_checkpoints
 from tda.artifacts import Workspace
 from tda.calibration import Machine, Sample, calibrate, given, sample_of
-from tda.config import Config
+from tda.config import Config, Train
 from tda.costs import FLOAT, Load, load_of
 from tda.data import Documents, batch_plan
 from tda.expected_corpus import Corpus, expected_corpus
@@ -404,8 +406,8 @@ def _scores(
 
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:
-    """What will not fit, and what to change, a line each."""
-    found = []
+    """What will not fit or be refused, and what to change, a line each."""
+    found = _too_few_checkpoints(config.train)
     disk = sum(stage.disk_bytes for stage in stages)
     cache = cache_bytes(stages)
     if disk + cache > machine.free_disk:
@@ -422,6 +424,17 @@ def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[s
         if stage.memory_bytes > machine.free_memory
     ]
     return found
+
+
+def _too_few_checkpoints(recipe: Train) -> list[str]:
+    """What stage `train` will refuse of a run that is given; one that is not there is refused here."""
+    there = len(find_checkpoints(Path(recipe.run))) if recipe.run else len(recipe.checkpoints)
+    if there >= len(recipe.checkpoints):
+        return []
+    return [
+        f"train.run: {recipe.run} has {there} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
+        f"{list(range(there))}, else stage train refuses it"
+    ]
 
 
 _REMEDIES = {

@@ -127,6 +127,7 @@ def _read(config: Prepare, *, workers: int) -> tuple[Reading, tuple[str, ...], t
     """The documents; the sources of the first training stage; the sources that targets are drawn from."""
     general, target_sources = tuple(config.general_sources), tuple(config.target_sources)
     reading = read_source(config, config.documents, key="prepare.documents", workers=workers)
+    check_fields(config, reading)
     if config.documents == BUILTIN:
         return reading, general or GENERAL_SOURCES, target_sources or TARGET_SOURCES
     return reading, general, target_sources
@@ -143,6 +144,20 @@ def read_source(config: Prepare, location: str, *, key: str, workers: int = 1) -
         documents = [Document(f"{text.source}/{text.name}", text.source, text.text) for text in texts]
         return Reading(documents, num_rows=len(documents))
     return read_documents(location, fields=fields_of(config), split=config.split, max_bad_rows=config.max_bad_rows, key=key)
+
+
+def check_fields(config: Prepare, reading: Reading) -> None:
+    """Refuse a field that `config` names and no row of `prepare.documents` has.
+
+    Documents need no ids and no sources, so those may lack the names with which `params.yaml` is shipped.
+    """
+    for key, shipped in (("id_field", "id"), ("source_field", "source"), ("part_field", "")):
+        name = getattr(config, key)
+        if name in reading.absent and name != shipped:
+            raise ValueError(
+                f"prepare.{key}: no row of {config.documents} has the field {name!r}; expected one of the fields found: "
+                f"{', '.join(reading.names) or 'none'}; correct the name, or set prepare.{key} to {json.dumps(shipped)}"
+            )
 
 
 def fields_of(config: Prepare) -> Fields:

@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
@@ -83,6 +84,10 @@ def _file(path: Path) -> Iterator[Row]:
                 yield Row(path.name, line, value)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}; expected a whole gzip file; copy it again") from error
+    except csv.Error as error:  # of a row below the header it is put aside
+        raise ValueError(
+            f"{path}: line 1 is not CSV: {error}; expected the names of the columns, separated by commas; mend its quotes"
+        ) from error
 
 
 def _opened(path: Path) -> BufferedIOBase:
@@ -154,19 +159,26 @@ def _decoded(raw: bytes) -> str:
 
 
 def _csv(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
-    """Rows below the header; the line is the row's first. Bytes that are not UTF-8 become surrogates, refused later."""
+    """Rows below the header; the line is the row's first. Bytes that are not UTF-8 become surrogates, refused later.
+
+    Of a row that is not CSV, as one whose quote is never closed, the first line is put aside, and the next ones are read again:
+    else an open quote would take the rows below it along.
+    """
     limit = csv.field_size_limit(MAX_LINE)
+    lines = _Lines(stream)
     try:
-        reader = csv.reader(raw.decode("utf-8", "surrogateescape") for raw in stream)
+        reader = csv.reader(lines, strict=True)
         header = [name.removeprefix("\ufeff") for name in next(reader, [])]
         while True:
-            line = reader.line_num + 1
+            line = lines.start_row()
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, Malformed("not CSV", str(error))
+                yield line, Malformed("not CSV", f"{error}: {_decoded(lines.row[0])}")
+                lines.read_again_from_second()
+                reader = csv.reader(lines, strict=True)
                 continue
             if values and len(values) != len(header):
                 yield line, Malformed("not as many columns as the header", str(values)[:EXCERPT])
@@ -174,6 +186,35 @@ def _csv(stream: BufferedIOBase) -> Iterator[tuple[int, Any]]:
                 yield line, dict(zip(header, values, strict=True))
     finally:
         csv.field_size_limit(limit)
+
+
+class _Lines:
+    """The lines of a stream as text; those of the row that is being read are kept, so that they can be read again."""
+
+    def __init__(self, stream: BufferedIOBase):
+        self.row: list[bytes] = []
+        self._stream, self._again, self._before = stream, deque(), 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        raw = self._again.popleft() if self._again else self._stream.readline()
+        if not raw:
+            raise StopIteration
+        self.row.append(raw)
+        return raw.decode("utf-8", "surrogateescape")
+
+    def start_row(self) -> int:
+        """Let a row begin here; the number of its first line, from 1."""
+        self._before += len(self.row)
+        self.row.clear()
+        return self._before + 1
+
+    def read_again_from_second(self) -> None:
+        """Give all lines of the row but the first once more."""
+        self._again.extendleft(reversed(self.row[1:]))
+        del self.row[1:]
 
 
 def _parquet(path: Path) -> Iterator[Row]:

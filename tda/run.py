@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tda.adapters import attach, lora
-from tda.artifacts import Workspace, remove, whole, write_json, write_table
+from tda.artifacts import Workspace, damaged, existing, remove, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
 from tda.data import Documents
@@ -42,10 +42,14 @@ def initial_model(recipe: Train, *, vocabulary: int, context: int, seed: int, ad
 
 
 def tokenizer_size(workspace: Workspace) -> int:
-    """Tokens of the tokenizer that `prepare` wrote."""
+    """Tokens of the tokenizer that `prepare` wrote; refused with FileNotFoundError or ValueError if it is missing or damaged."""
     from transformers import AutoTokenizer
 
-    return len(AutoTokenizer.from_pretrained(workspace.tokenizer))
+    existing(workspace.tokenizer / "tokenizer.json", stage="prepare")
+    try:
+        return len(AutoTokenizer.from_pretrained(workspace.tokenizer))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(damaged(workspace.tokenizer, error, stage="prepare")) from error
 
 
 def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, context: int, device: torch.device) -> None:

@@ -76,7 +76,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     from tda.artifacts import read_json
     from tda.checkpoints import load_checkpoint, preconditioner
     from tda.data import load_documents
-    from tda.dynamics import curvature_rows, load_exposure, load_segments
+    from tda.dynamics import curvature_rows, load_exposure, segment_at
     from tda.factors import save_factors
     from tda.fit_factors import fit_factors
     from tda.model import EVERY_LAYER, tracked_layers, what_is_left_out
@@ -85,7 +85,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     from tda.task import CausalLM
 
     documents, device = load_documents(workspace.documents), device_of(config.compute)
-    segment = load_segments(workspace)[index]
+    segment = segment_at(workspace, index)
     chosen = curvature_rows(config.curvature, load_exposure(workspace, documents), index)
     training = read_json(workspace.training, stage="train")
     last = load_checkpoint(workspace, segment.checkpoints[-1])
@@ -97,11 +97,6 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     if training["optimizer"] == "adamw" and config.curvature.adam != "none":
         P = preconditioner(workspace, segment.checkpoints, layers, beta2=training["beta2"], epsilon=training["epsilon"])
     space = config.curvature.space
-    if space != "full" and (config.gradients.projection != "random" or config.curvature.adam == "symmetric"):
-        raise ValueError(
-            f"curvature.space: {space} fits the factors of gradients projected at random; expected gradients.projection: "
-            f"random and curvature.adam: scalar or none, got {config.gradients.projection} and {config.curvature.adam}"
-        )
 
     def projections(layers: list) -> dict:
         return random_projections(layers, rank=config.gradients.rank, seed=config.gradients.seed)
@@ -153,12 +148,9 @@ def curation(config: Config, workspace: Workspace) -> None:
     from tda.artifacts import read_table, whole, write_json, write_table
     from tda.curate import count_decisions, curate, curated_documents, json_lines
 
-    table = read_table(workspace.scores, stage="scores")
     column = f"score_{config.curation.method}"
-    if column not in table.columns:
-        known = [name.removeprefix("score_") for name in table.columns if name.startswith("score_")]
-        raise ValueError(f"curation.method: unknown method {config.curation.method!r}; known are {', '.join(known)}")
-    manifest = curate(table.select("doc_id", "content_hash", "source", score=column), config.curation)
+    table = read_table(workspace.scores, stage="scores", columns=["doc_id", "content_hash", "source", column])
+    manifest = curate(table.rename({column: "score"}), config.curation)
     curated = curated_documents(read_table(workspace.documents, stage="prepare"), manifest)
     write_table(workspace.manifest, manifest)
     write_table(workspace.curated, curated)

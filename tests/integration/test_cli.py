@@ -1,5 +1,6 @@
 """The command line: help, messages, exit codes, and what it must not import."""
 
+import io
 import json
 import os
 import shutil
@@ -156,6 +157,25 @@ def test_an_error_is_one_message_without_a_traceback(folder, arguments, message)
     assert "Traceback" in run(*arguments, "--traceback").stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "origin"),
+    [(["--file", "latin.txt"], "latin.txt"), (["-"], "standard input"), (["caf\udce9"], "TEXT")],
+)
+def test_a_question_that_is_not_utf_8_is_refused_in_one_line(folder, monkeypatch, capsys, arguments, origin):
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("caf\udce9"))
+    assert cli.main(["query", *arguments]) == cli.FAILED
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"tda query: {origin}: not UTF-8 text: ")
+    assert shown.count("\n") == 1
+
+
+def test_a_question_of_a_file_is_without_a_mark_of_its_encoding(folder):
+    (folder / "marked.txt").write_text("a question", encoding="utf-8-sig")
+    options = cli._parser().parse_args(["query", "--file", "marked.txt"])
+    assert cli._text(options) == "a question"
+
+
 def test_an_unknown_key_is_refused(folder):
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("curation:\n", "curation:\n  drip: 1\n"))
@@ -208,6 +228,14 @@ def test_the_verdict_says_what_to_do_next(folder, capsys):
         assert words in text
     assert cli.main(["verdict", "--json"]) == cli.OK
     assert json.loads(capsys.readouterr().out)["accepted"] is False
+
+
+def test_a_verdict_of_another_form_is_refused_in_one_line(folder, capsys):
+    write_json(Workspace().verdict, {})
+    assert cli.main(["verdict"]) == cli.FAILED
+    shown = capsys.readouterr().err
+    assert shown.startswith("tda verdict: data/evaluation/verdict.json cannot be read: it has no accepted; expected ")
+    assert shown.count("\n") == 1
 
 
 def test_a_reader_that_leaves_is_no_error(folder):

@@ -186,6 +186,14 @@ def test_random_rows_are_of_the_query_own_class():
         assert not same[same.sum() :].any()
 
 
+def test_the_control_of_classified_queries_together_is_of_any_class(classes, folder, capsys):
+    arguments = ["evaluate", "removal", "--bank", str(classes), "--runs", "1", "--queries", "2", "--remove", "2", "--seeds", "1"]
+    assert cli.main([*arguments, "--together", "--methods", "gradient_dot", "--json", "r.json"]) == cli.OK
+    assert "same class" not in capsys.readouterr().out
+    result = json.loads((folder / "r.json").read_text())
+    assert (result["control"], list(result["methods"])) == ("random rows", ["gradient_dot", "random rows"])
+
+
 def test_mislabelled(classes, folder, capsys):
     arguments = ["evaluate", "mislabelled", "--bank", str(classes), "--seeds", "2", "--json", "r.json"]
     for by, words in (("self", "by self-influence"), ("queries", "by harm to the queries")):
@@ -388,6 +396,8 @@ def test_wrong_usage(arguments, capsys):
         (["removal", "--remove", "a"], "--remove: expected whole numbers from 1, separated by commas, as 10,50; got a"),
         (["removal", "--remove", "5,0"], "--remove: expected whole numbers from 1, separated by commas, as 10,50; got 5,0"),
         (["lds", "--seeds", "two"], "--seeds: expected a whole number from 1; got two"),
+        (["bank", "in", "out", "--seed", "-1"], "--seed: expected a whole number from 0 to 1000000000; got -1"),
+        (["bank", "in", "out", "--seed", f"{2**63}"], f"--seed: expected a whole number from 0 to 1000000000; got {2**63}"),
     ],
 )
 def test_a_wrong_number_is_said_in_words(arguments, message, capsys):

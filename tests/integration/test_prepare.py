@@ -49,6 +49,25 @@ def prepare(base: dict, *, model: str = "llama", **changes) -> Prepared:
     return prepare_documents(Prepare.model_validate({**base, **changes}), model=model)
 
 
+@pytest.mark.parametrize(
+    ("key", "shipped"), [("id_field", "id"), ("source_field", "source"), ("part_field", "")], ids=["id", "source", "part"]
+)
+def test_a_field_that_no_row_has_is_refused(base, key, shipped):
+    message = f"prepare.{key}: no row of .*rows.jsonl has the field 'sauce'; expected one of the fields found: id, source, text; "
+    with pytest.raises(ValueError, match=f'^{message}correct the name, or set prepare.{key} to "{shipped}"$'):
+        prepare(base, **{key: "sauce"})
+
+
+def test_documents_need_no_ids_and_own_targets_not_the_fields_of_documents(base, tmp_path):
+    rows = [{"text": f"{number} {sentence(number)}.", "part": "mixed"} for number in range(60)]
+    for name, held in (("rows", rows[:50]), ("own", [{"text": row["text"]} for row in rows[50:]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    own = {"targets": str(tmp_path / "own.jsonl"), "part_field": "part", "general_sources": [], "num_targets": 10}
+    prepared = prepare(base, **own, damage=0.0)
+    assert set(prepared.documents["source"]) == {"rows"}
+    assert len(prepared.targets) == 10
+
+
 def test_tables_have_the_agreed_columns_and_say_the_same(base):
     prepared = prepare(base)
     for table, more in ((prepared.documents, {}), (prepared.heldout, {}), (prepared.targets, {"half": pl.String})):

@@ -1,6 +1,7 @@
 """What must be refused with nothing lost: a full disk at every stage, damaged files, empty inputs."""
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
+from tda import stages
 from tda.artifacts import Workspace, whole, write_table
-from tda.config import Config
+from tda.config import MAX_SEED, Config, load_config
 from tda.data import load_documents
-from tests.toy import run_stages, toy_config, toy_values, write_corpus, write_params
+from tests.toy import PARAMS, run_stages, toy_config, toy_values, write_corpus, write_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
 
@@ -149,6 +152,28 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
 
 
 @pytest.mark.parametrize(
+    ("file", "stage", "lacks"),
+    [
+        ("training", "segments", "checkpoint_steps"),
+        ("segments", "curvature", "segments"),
+        ("gradients", "scores", "table"),
+        ("verdict", "report", "comparisons"),
+    ],
+)
+def test_a_file_of_another_form_is_named_with_the_stage_that_makes_it(toy, file, stage, lacks):
+    config, workspace = toy
+    path = workspace.gradients(0) if file == "gradients" else getattr(workspace, file)
+    maker = {"training": "train", "gradients": "gradients@0", "verdict": "evaluation"}.get(file, file)
+    for content, wrong in (("{}", f"it has no {lacks}"), ("[1]", "it is no object but list")):
+        path.write_text(content)
+        message = (
+            rf"^[^']*{path.name} cannot be read: {wrong}; expected the whole file that stage {maker} wrote; run `dvc checkout"
+        )
+        with pytest.raises(ValueError, match=message):
+            run_stages(config, workspace, stage)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -164,6 +189,30 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
             "toy: segments.indices: 4 checkpoints (train.checkpoints) cannot be divided into 5 segments, each needs one; "
             "set segments.indices to [0, 1, 2, 3] or fewer, or train.checkpoints to more",
         ),
+        (
+            {"curation__method": "taste"},
+            "toy: curation.method: unknown method 'taste'; known are averaged_influence, source, ekfac_influence, gradient_dot, "
+            "gradient_cosine, bm25, random",
+        ),
+        (
+            {"curvature__space": "rows"},
+            "toy: curvature.space: rows fits the factors of gradients projected at random; expected gradients.projection: random "
+            "and curvature.adam: scalar or none, got eigenbasis and scalar",
+        ),
+        (
+            {"curvature__space": "projected", "curvature__adam": "symmetric", "gradients__projection": "random"},
+            "toy: curvature.space: projected fits the factors of gradients projected at random; expected gradients.projection: "
+            "random and curvature.adam: scalar or none, got random and symmetric",
+        ),
+        ({"train__learning_rate": math.inf}, "toy: train.learning_rate: Input should be a finite number; got inf"),
+        ({"curation__threshold": math.nan}, "toy: curation.threshold: Input should be a finite number; got nan"),
+        ({"prepare__seed": -1}, "toy: prepare.seed: Input should be greater than or equal to 0; got -1"),
+        ({"gradients__seed": 2**40}, f"toy: gradients.seed: Input should be less than or equal to 1000000000; got {2**40}"),
+        ({"retraining__seeds": [0, -3]}, "toy: retraining.seeds.1: Input should be greater than or equal to 0; got -3"),
+        (
+            {"retraining__seeds": [4, 1, 4]},
+            "toy: retraining.seeds: 4 is given twice, and would be the same run again; expected different seeds; got [4, 1, 4]",
+        ),
     ],
 )
 def test_settings_that_a_late_stage_refuses_are_refused_when_they_are_read(tmp_path, changes, message):
@@ -171,9 +220,98 @@ def test_settings_that_a_late_stage_refuses_are_refused_when_they_are_read(tmp_p
         toy_config(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            {"hidden_size": 18, "num_heads": 4},
+            "hidden_size is divided among num_heads, an even number for each, whose halves are rotated together; expected a "
+            "multiple of 8, twice num_heads; got 18",
+        ),
+        (
+            {"hidden_size": 20, "num_heads": 4},
+            "hidden_size is divided among num_heads, an even number for each, whose halves are rotated together; expected a "
+            "multiple of 8, twice num_heads; got 20",
+        ),
+        (
+            {"hidden_size": 16, "num_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads are shared by equally many of num_heads; expected a number that divides 4; got 3",
+        ),
+    ],
+)
+def test_a_model_whose_heads_do_not_divide_it_is_refused(tmp_path, shape, message):
+    shape = toy_values(tmp_path)["train"]["architecture"] | shape
+    with pytest.raises(ValueError, match=f"^{re.escape(f'toy: train.architecture: {message}')}$"):
+        toy_config(tmp_path, train__architecture=shape)
+
+
+def test_seeds_are_small_enough_for_all_that_is_made_of_them():
+    number_of_a_generator = ((MAX_SEED * 1000 + 1000) * 8 + 8) * 2**20  # as curvature numbers them
+    assert number_of_a_generator < 2**63
+    torch.Generator().manual_seed(number_of_a_generator)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "report:",
+            "segments:\n  by: steps\nreport:",
+            r"not valid YAML: segments is given twice, in lines \d+ and \d+; remove one",
+        ),
+        ("drop: 0.2", "drop: 0.2\n  drop: 0.3", r"not valid YAML: drop is given twice, in lines (\d+) and \d+; remove one"),
+        ("epochs: 2}", "epochs: 2, epochs: 3}", r"not valid YAML: epochs is given twice, in lines (\d+) and \1; remove one"),
+        ("title: Data", "title: 2026-99-99  # Data", "not valid YAML: month must be in 1..12"),
+        ("damping: 0.1", "damping: .inf", "scores.damping: Input should be a finite number; got inf"),
+    ],
+)
+def test_settings_that_are_not_what_they_seem_are_refused(tmp_path, old, new, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prepare: {}".encode("utf-16"), "not UTF-8 text: .*; expected YAML in UTF-8; save it as that$"),
+        (b"prepare: \0\1\2", "not valid YAML: "),
+    ],
+)
+def test_settings_that_are_no_text_are_refused_by_the_name_of_their_file(tmp_path, content, message):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}"):
+        load_config(path)
+
+
 def test_checkpoints_of_a_run_that_is_given_are_not_counted_when_settings_are_read(tmp_path):
     config = toy_config(tmp_path, segments__indices=[0, 1, 2, 3, 4], train__run="some/run", train__model="some/model")
     assert len(config.segments.indices) == 5
+
+
+def test_parts_that_the_stages_before_have_not_made_yet_are_refused(toy):
+    _config, workspace = toy
+    config = toy_config(workspace.root, segments__indices=[0, 1, 2], train__checkpoints=[0, 1, 2, 3, 4])
+    with pytest.raises(
+        ValueError, match=r"segments.json has no segment 2, it has 2: segments.indices was .* `dvc repro segments`"
+    ):
+        stages.curvature(config, workspace, 2)
+    with pytest.raises(ValueError, match=r"segments.json has no checkpoint 4, it has 4: .*; run `dvc repro segments`"):
+        stages.gradients(config, workspace, 4)
+
+
+@pytest.mark.parametrize("stage", ["train", "retraining"])
+def test_a_tokenizer_that_is_missing_or_damaged_is_named_with_its_stage(toy, stage):
+    config, workspace = toy
+    path = workspace.tokenizer / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"prepare/tokenizer cannot be read: .* that stage prepare wrote; run `dvc checkout"):
+        run_stages(config, workspace, stage)
+    shutil.rmtree(workspace.tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"prepare/tokenizer/tokenizer.json is missing; stage prepare makes it"):
+        run_stages(config, workspace, stage)
 
 
 def test_an_empty_table_of_documents_or_half_of_targets_is_refused(toy):

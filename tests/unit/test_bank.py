@@ -97,6 +97,11 @@ def test_the_ceilings_of_the_shared_banks(name):
         ({"measurements": np.full((8, 1, 5), np.inf)}, "measurements: expected finite numbers; got 40 that are not"),
         ({"full_runs": np.zeros((2, 4), np.float32)}, r"full_runs is of shape \(2, 4\); expected \(any, 5\)"),
         ({"recipe": np.array("{}")}, "missing in the recipe: model.kind"),
+        ({"flipped": np.array([3, 99])}, r"flipped: .* or row numbers from 0 to 20; got int64 of shape \(2,\): 99$"),
+        ({"flipped": np.array([-1])}, r"flipped: .* or row numbers from 0 to 20; got int64 of shape \(1,\): -1$"),
+        ({"flipped": np.array([0.5])}, r"flipped: .* or row numbers from 0 to 20; got float64 of shape \(1,\): 0.5$"),
+        ({"flipped": np.array(["a"])}, r"flipped: .* or row numbers from 0 to 20; got <U1 of shape \(1,\): a$"),
+        ({"flipped": np.ones(3, bool)}, r"flipped: expected a boolean for each of 21 rows, .*; got bool of shape \(3,\)$"),
     ],
 )
 def test_a_bank_that_does_not_fit_together_is_refused(tmp_path, changes, message):

@@ -135,6 +135,29 @@ def test_a_huge_csv_field_is_put_aside_and_the_rest_is_read(tmp_path, monkeypatc
     assert csv.field_size_limit() == before
 
 
+def test_a_csv_quote_that_is_not_closed_takes_no_other_row_along(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(
+        'id,text\n1,"one ""quoted"" word,\nand a line"\n2,"open\n3,three\n4,"four, again"\n5,"open\n6,"six"\n7,seven\n'
+    )
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for reading in (read(path), read(tmp_path / "table.csv.gz")):
+        assert [one.id for one in reading.documents] == ["1", "3", "4", "6", "7"]
+        assert reading.documents[0].text == 'one "quoted" word,\nand a line'
+        assert reasons(reading) == {4: "not CSV", 7: "not CSV"}
+        assert reading.quarantine[0]["row"].endswith(': 2,"open')
+    path.write_text('id,text\n1,one\n2,"open\n3,three')
+    assert ([one.id for one in read(path).documents], reasons(read(path))) == (["1", "3"], {3: "not CSV"})
+    with pytest.raises(ValueError, match=r"1 of 3 rows .* malformed.*not CSV: 1; first at table.csv:3"):
+        read(path, max_bad_rows=0.01)
+
+
+def test_a_csv_header_that_is_no_csv_is_refused(tmp_path):
+    (tmp_path / "table.csv").write_text('id,"text\n1,one\n')
+    with pytest.raises(ValueError, match=r"prepare.documents: .*table.csv: line 1 is not CSV: .*; mend its quotes$"):
+        read(tmp_path / "table.csv")
+
+
 def test_bad_text_in_parquet_is_put_aside(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -136,6 +136,27 @@ def test_rows_are_not_lines(tmp_path, monkeypatch, packed):
     assert int(number) == pytest.approx(1000, rel=0.1)  # the beginning of a packed file is packed a little worse than the rest
 
 
+def test_what_prepare_refuses_is_refused_in_its_words(tmp_path, monkeypatch):
+    write_corpus(tmp_path)
+    (tmp_path / "wide.jsonl").write_bytes((tmp_path / "documents.jsonl").read_text().encode("utf-16"))
+    wrong = [
+        {"prepare__documents": str(tmp_path / "wide.jsonl")},
+        {"prepare__targets": str(tmp_path / "nowhere.jsonl")},
+        {"prepare__targets": str(tmp_path / "wide.jsonl")},
+        {"prepare__id_field": "name"},
+    ]
+    for changes in wrong:
+        config = toy_config(tmp_path, **changes)
+        with pytest.raises((ValueError, FileNotFoundError)) as by_prepare:
+            stages.prepare(config, Workspace(tmp_path))
+        with pytest.raises(by_prepare.type) as by_plan:
+            expected_corpus(config.prepare, Workspace(tmp_path), model="llama")
+        assert str(by_plan.value) == str(by_prepare.value)
+    monkeypatch.setattr("tda.expected_corpus.SAMPLE", 20)
+    with pytest.raises(ValueError, match=r"prepare.documents: 20 of 20 rows of .*wide.jsonl are malformed.*not UTF-8: 1"):
+        expected_corpus(toy_config(tmp_path, **wrong[0]).prepare, Workspace(tmp_path), model="llama")
+
+
 def test_documents_that_are_all_too_short_are_refused(tmp_path):
     write_corpus(tmp_path)
     config = toy_config(tmp_path, prepare__min_characters=10_000)
@@ -237,6 +258,21 @@ def test_what_does_not_fit_is_said_with_what_to_change(planned):
     lines = warnings(config, made, machine(free_memory=10**3))
     assert {line.split(" needs ")[0] for line in lines} == {f"memory: {stage.stage}" for stage in made}
     assert any("curvature.space to projected" in line for line in lines)
+
+
+def test_a_run_of_fewer_checkpoints_than_are_asked_for_is_said(planned, tmp_path):
+    config = planned[0]
+    config = config.model_copy(update={"train": config.train.model_copy(update={"run": str(tmp_path)})})
+    for number in range(5):
+        if number == 3:
+            said = warnings(config, [], machine())
+            assert said == [
+                f"train.run: {tmp_path} has 3 checkpoints, 4 are asked for; set train.checkpoints to [0, 1, 2], else stage train "
+                "refuses it"
+            ]
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(json.dumps({"global_step": number}))
+    assert warnings(config, [], machine()) == []
 
 
 def test_copies_are_of_all_but_the_store(planned):
