@@ -139,7 +139,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
     path = folder / "trainer_state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        return {"global_step": int(state["global_step"]), "log_history": list(state["log_history"])}
+        return {"global_step": int(state["global_step"]), "log_history": list(state.get("log_history", []))}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"train.run: {path} cannot be read: {type(error).__name__}: {error}; expected the file as the Trainer wrote it; copy "

@@ -176,6 +176,7 @@ class Gradients(Section):
 class Scores(Section):
     """SOURCE and the baselines."""
 
+    averaged_influence: bool  # the most accurate score, which holds several full gradients in memory; the others cost little
     measurement: Literal["loss", "margin", "log_probability"]
     damping: float = Field(gt=0)  # of the EK-FAC influence baseline, in mean eigenvalues of the layer
     seed: Seed  # of the random baseline
@@ -287,6 +288,15 @@ class Config(Section):
             raise ValueError(
                 f"segments.indices: {there} checkpoints (train.checkpoints) cannot be divided into {wanted} segments, each needs "
                 f"one; set segments.indices to {list(range(there))} or fewer, or train.checkpoints to more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_score_that_decides_is_there(self):
+        if self.curation.method == "averaged_influence" and not self.scores.averaged_influence:
+            raise ValueError(
+                "curation.method: averaged_influence decides, and scores.averaged_influence is false; expected true, or another "
+                "method such as source"
             )
         return self
 

@@ -28,6 +28,7 @@ from tda.target_influence import ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS, gro
 from tda.text_table import text_table
 from tda.train import Step, checkpoint_steps, schedule, stage_lengths
 
+SOLVER_VECTORS = 7  # of an iteration, for every group of queries
 QUERY_COPIES = 4  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
 LOGIT_TANGENTS = 12  # of the logits' size, in a Gauss-Newton product: of softmax, loss and slopes, forward and back
 FIRST_USE = 48 << 20  # bytes that libraries take when they are first used, beside what loading them takes: measured
@@ -361,29 +362,10 @@ def _scores(
     algebra += 0 if projected else costs.applications(model, queries=num_queries)
     algebra += (len(run.seen) + 2) * costs.projections(model, queries=num_queries, rank=rank)
 
-    solver_tokens = min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS)
-    examples = min(num, config.curvature.num_documents or num)
-    random = np.random.default_rng(0)
-    fitted = load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
-    solver_rows = min(num, math.ceil(SOLVER_TOKENS / documents.num_loss_tokens.mean()))
-    solved = load(documents.select(random.choice(num, solver_rows, replace=False)), solver_tokens)
-    groups = groups_for(num_queries, gradient=model.gradient)
-    vectors = min(
-        groups,
-        queries_at_once(list(model.tracked), positions=max(solver_tokens, int(documents.lengths.max())), values=VALUES_AT_ONCE),
-    )
-    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(model, solved, vectors=vectors)
-    krylov = sum(2 * model.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
-    krylov += ROUNDS * costs.applications(model, queries=groups)
     work = {
-        "queries": 2 * rate("queries", costs.query_pass(model, load(queries))),
+        "queries": rate("queries", costs.query_pass(model, load(queries))),
         "responses": rate("algebra", algebra),
         "rows": walks * num_checkpoints * stored / machine.scanned + rate("algebra", 2 * products * num * values * num_queries),
-        "curvature": rate("covariances", costs.covariance_pass(model, fitted))
-        + rate("eigenvalues", costs.eigenvalue_pass(model, fitted))
-        + rate("eigh", costs.eigenbases(model)),
-        "solve": rate("product", solving) + rate("algebra", krylov),
-        "all documents": rate("dots", costs.dot_pass(model, load(documents, solver_tokens), queries=1)),
         "read": (2 * num_checkpoints + 2) * read,
         "words": machine.words * num,
     }
@@ -392,17 +374,51 @@ def _scores(
             number * min(len(rows), config.curvature.num_documents or len(rows))
             for number, rows in zip(run.checkpoints, run.seen, strict=True)
         )
-        work["curvature"] += 2 * seen / num * stored / machine.scanned + rate("algebra", 4 * seen * values * rank)
-        work["curvature"] += len(run.seen) * rate("eigh", costs.eigenbases(model, rank=rank))
-    full = model.gradient * FLOAT
-    searched = (
-        ((2 * ROUNDS if groups > 1 else 0) + 7) * groups * full
-    )  # directions and products with them, and the iteration's own
-    widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
-    tangents = vectors * solver_tokens * widest * FLOAT
+        work["curvature of rows"] = 2 * seen / num * stored / machine.scanned + rate("algebra", 4 * seen * values * rank)
+        work["curvature of rows"] += len(run.seen) * rate("eigh", costs.eigenbases(model, rank=rank))
     tables = 4 * num * num_queries * (8 + FLOAT / 4)
     asked = (len(run.seen) + 2) * min(num_queries * values, ASKED_VALUES) * FLOAT
-    return work, (QUERY_COPIES + 1) * at_once * full + asked + searched + tangents + tables
+    memory = (QUERY_COPIES + 1) * at_once * model.gradient * FLOAT + asked + tables
+    if config.scores.averaged_influence:
+        more, held = _averaged_influence(config, documents, num_queries, model, load, rate)
+        work |= more | {"queries": 2 * work["queries"]}
+        memory += held
+    return work, memory
+
+
+def _averaged_influence(
+    config: Config,
+    documents: Documents,
+    num_queries: int,
+    model: costs.Decoder,
+    load: Callable[[Documents, int], Load],
+    rate: Callable[[str, Number], float],
+) -> tuple[dict[str, float], Number]:
+    """What solving the whole matrix adds to scoring, beside a second pass over the queries."""
+    num = len(documents)
+    solver_tokens = min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS)
+    examples = min(num, config.curvature.num_documents or num)
+    random = np.random.default_rng(0)
+    fitted = load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
+    solver_rows = min(num, math.ceil(SOLVER_TOKENS / documents.num_loss_tokens.mean()))
+    solved = load(documents.select(random.choice(num, solver_rows, replace=False)), solver_tokens)
+    groups = groups_for(num_queries, gradient=model.gradient)
+    positions = max(solver_tokens, int(documents.lengths.max()))
+    vectors = min(groups, queries_at_once(list(model.tracked), positions=positions, values=VALUES_AT_ONCE))
+    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(model, solved, vectors=vectors)
+    krylov = sum(2 * model.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
+    krylov += ROUNDS * costs.applications(model, queries=groups)
+    work = {
+        "curvature": rate("covariances", costs.covariance_pass(model, fitted))
+        + rate("eigenvalues", costs.eigenvalue_pass(model, fitted))
+        + rate("eigh", costs.eigenbases(model)),
+        "solve": rate("product", solving) + rate("algebra", krylov),
+        "all documents": rate("dots", costs.dot_pass(model, load(documents, solver_tokens), queries=1)),
+    }
+    directions = 2 * ROUNDS if groups > 1 else 0  # and products with them
+    searched = (directions + SOLVER_VECTORS) * groups * model.gradient
+    widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
+    return work, (searched + vectors * solver_tokens * widest) * FLOAT
 
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:
@@ -442,7 +458,7 @@ _REMEDIES = {
     "train": "lower train.batch_size or prepare.context, or take a smaller model",
     "curvature": "lower compute.workers or gradients.batch_tokens, or set curvature.space to projected",
     "gradients": "lower compute.workers, gradients.batch_tokens or gradients.rank",
-    "scores": "lower prepare.num_targets, or track fewer layers (curvature.layers)",
+    "scores": "lower prepare.num_targets, track fewer layers (curvature.layers), or set scores.averaged_influence to false",
     "retraining": "lower compute.workers or train.batch_size",
 }
 

@@ -312,7 +312,9 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
 
     tokens = queries.num_loss_tokens
     weights = tokens / tokens.sum()
-    columns = {"averaged_influence": target_influence(config, workspace, documents, queries)}
+    columns: dict[str, np.ndarray] = {}
+    if config.scores.averaged_influence:
+        columns["averaged_influence"] = target_influence(config, workspace, documents, queries)
     columns |= {name: Scores(held, queries.ids, documents.ids).aggregate(weights) for name, held in values.items()}
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"].to_list()
     targets = read_table(workspace.targets, stage="prepare").filter(pl.col("half") == "score")

@@ -195,6 +195,11 @@ def test_a_file_of_another_form_is_named_with_the_stage_that_makes_it(toy, file,
             "gradient_cosine, bm25, random",
         ),
         (
+            {"scores__averaged_influence": False},
+            "toy: curation.method: averaged_influence decides, and scores.averaged_influence is false; expected true, or another "
+            "method such as source",
+        ),
+        (
             {"curvature__space": "rows"},
             "toy: curvature.space: rows fits the factors of gradients projected at random; expected gradients.projection: random "
             "and curvature.adam: scalar or none, got eigenbasis and scalar",

@@ -60,6 +60,15 @@ def test_scores_have_every_method_and_the_per_query_scores_sum_to_the_aggregate(
     np.testing.assert_allclose(per_query @ (tokens / tokens.sum()), table["score_source"].to_numpy(), rtol=1e-4, atol=1e-9)
 
 
+def test_scores_without_the_dearest_one(toy):
+    config, workspace = toy
+    cheaper = toy_config(workspace.root, scores__averaged_influence=False, curation__method="source")
+    for name, expected in ((config, list(CURATION_METHODS)), (cheaper, list(CURATION_METHODS[1:]))):
+        run_stages(name, workspace, "scores", "curation")
+        columns = pl.read_parquet(workspace.scores).columns
+        assert [column for column in columns if column.startswith("score_")] == [f"score_{method}" for method in expected]
+
+
 def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy):
     """The store, its projections and the walk against autograd and explicit gradients, over the whole pipeline."""
     from tda.checkpoints import load_checkpoint
