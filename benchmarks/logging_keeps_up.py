@@ -13,16 +13,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.common import facts, frozen_pass, in_turns, lean_pass, made_batches, made_documents, made_model, options, speed
 from tda.config import load_config
+from tda.data import Batch
+from tda.gradient_log import numbers_of, write_rows
 from tda.gradients import gradient_rows
 from tda.model import layer_matrix, linear_modules, tracked_layers
 from tda.projection import Projection, random_projections
 from tda.store import open_table
-from tda.stored_rows import Rows
 from tda.task import CausalLM
 
 
@@ -46,21 +46,18 @@ def main(arguments: Sequence[str]) -> None:
         for number in range(chosen.rounds + 1)
     )
 
-    def computed(batch) -> tuple[np.ndarray, np.ndarray]:
-        rows, losses = gradient_rows(model, layers, batch, task=CausalLM(), projections=projections)
-        return rows.float().cpu().numpy(), losses.float().cpu().numpy()
+    def computed(batch: Batch) -> torch.Tensor:
+        return numbers_of(*gradient_rows(model, layers, batch, task=CausalLM(), projections=projections))
 
-    def stored(batch) -> Rows:
-        vectors, losses = computed(batch)
-        ids = [documents.ids[row] for row in batch.rows]
-        norms = np.linalg.norm(vectors, axis=1)
-        return Rows(ids, ids, ids, documents.num_loss_tokens[batch.rows].astype(np.int32), losses, norms, vectors)
+    def stored() -> None:
+        rows, device = [batch.rows for batch in batches], torch.device(chosen.device)
+        write_rows(next(tables), documents, rows, map(computed, batches), device=device)
 
     actions = {
         "reference": lambda: [frozen_pass(model, batch) for batch in batches],
         "lean_reference": lambda: [lean_pass(model, batch) for batch in batches],
         "rows": lambda: [computed(batch) for batch in batches],
-        "rows_and_store": lambda: next(tables).write(stored(batch) for batch in batches),
+        "rows_and_store": stored,
     }
     try:
         spent = in_turns(actions, rounds=chosen.rounds, device=chosen.device)

@@ -19,6 +19,8 @@ import torch
 
 from benchmarks.common import ROOT, facts, frozen_pass, in_turns, made_batches, made_documents, made_model, options, speed
 from tda.config import load_config
+from tda.data import Batch
+from tda.gradient_log import numbers_of, write_rows
 from tda.gradients import gradient_rows
 from tda.model import tracked_layers
 from tda.preconditioner import plain
@@ -29,7 +31,6 @@ from tda.scores import source_values
 from tda.segments import Segment
 from tda.source import SegmentDynamics
 from tda.store import GradientTable, open_sealed, open_table
-from tda.stored_rows import Rows
 from tda.task import CausalLM
 
 SEGMENTS, PER_SEGMENT, QUERIES = 3, 2, 16
@@ -64,17 +65,15 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="one-pass-"))
     stores = iter(range(chosen.rounds + 2))
 
-    def rows() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [gradient_rows(model, layers, batch, task=CausalLM(), projections=projections) for batch in batches]
+    def computed(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient_rows(model, layers, batch, task=CausalLM(), projections=projections)
 
     def logged(store: Path, checkpoint: int, segment: int) -> dict:
         table = open_table(
             store, checkpoint=checkpoint, segment=segment, identity={}, dim=queries.shape[1], dtype=config.gradients.dtype
         )
-        table.write(
-            _rows(documents, batch.rows, *gradient_rows(model, layers, batch, task=CausalLM(), projections=projections))
-            for batch in batches
-        )
+        numbers = (numbers_of(*found) for found in map(computed, batches))
+        write_rows(table, documents, [batch.rows for batch in batches], numbers, device=torch.device(chosen.device))
         return table.seal(list(zip(documents.ids, documents.content_hashes, strict=True)))
 
     def attributed() -> tuple[dict, np.ndarray]:
@@ -95,7 +94,9 @@ def main(arguments: Sequence[str]) -> None:
         return factors, source_values(query, dynamics, segments, exposure=exposure, dot=dot)
 
     try:
-        check(attributed(), rows(), layers, shapes, weight=1 / tokens, num_documents=len(documents))
+        check(
+            attributed(), [computed(batch) for batch in batches], layers, shapes, weight=1 / tokens, num_documents=len(documents)
+        )
         passes = SEGMENTS * PER_SEGMENT
         spent = in_turns(
             {"reference": lambda: [frozen_pass(model, batch) for _ in range(passes) for batch in batches], "source": attributed},
@@ -115,18 +116,6 @@ def vectors_of(tables: Sequence[GradientTable], doc_ids: Sequence[str]) -> Itera
     for table in tables:
         for _positions, part in table.scan(doc_ids):
             yield torch.from_numpy(part.vectors)
-
-
-def _rows(documents, places: list[int], vectors: torch.Tensor, losses: torch.Tensor) -> Rows:
-    return Rows(
-        doc_ids=[documents.ids[row] for row in places],
-        content_hashes=[documents.content_hashes[row] for row in places],
-        sources=[documents.sources[row] for row in places],
-        tokens=documents.num_loss_tokens[places].astype(np.int32),
-        losses=losses.float().numpy(),
-        gradient_norms=torch.linalg.vector_norm(vectors, dim=1).numpy(),
-        vectors=vectors.numpy(),
-    )
 
 
 def check(attributed, batches_of_rows, layers, shapes, *, weight: float, num_documents: int) -> None:

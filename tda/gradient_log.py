@@ -119,16 +119,16 @@ def row_engine(
             take = functools.partial(gradient_rows, model, layers, task=CausalLM(), projections=held)
             lengths = documents.lengths[rows]
             if lengths.sum() > (1 - WORTH_PACKING) * len(rows) * lengths.max() or not packs(model):
-                return _numbers(*take(documents.batch(rows).to(device)))
+                return numbers_of(*take(documents.batch(rows).to(device)))
             with within_documents(model):
-                return _numbers(*take(pack(documents, rows).to(device, copy=copy)))
+                return numbers_of(*take(pack(documents, rows).to(device, copy=copy)))
 
         yield RowEngine(functools.partial(batch_plan, batch_tokens=batch_tokens), eager)
         return
     with row_layers(model, layers, task=CausalLM(), projections=held) as rows_of:
 
         def packed(documents: Documents, rows: list[int]) -> Tensor:
-            return _numbers(*rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy)))
+            return numbers_of(*rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy)))
 
         yield RowEngine(functools.partial(pack_plan, batch_tokens=batch_tokens), packed)
 
@@ -149,11 +149,11 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device, copy=copy))
 
-        def numbers_of(rows: list[int]) -> Tensor | np.ndarray:
+        def computed(rows: list[int]) -> Tensor | np.ndarray:
             numbers = engine.numbers(documents, rows)
             return numbers.numpy() if device.type == "cpu" else numbers  # as an array it can come from another process
 
-        call = stack.enter_context(worker_pool(numbers_of, workers=num_workers(config.compute)))
+        call = stack.enter_context(worker_pool(computed, workers=num_workers(config.compute)))
         table = open_table(
             workspace.store,
             checkpoint=checkpoint,
@@ -188,7 +188,8 @@ def write_rows(
     in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
 
 
-def _numbers(rows: Tensor, losses: Tensor) -> Tensor:
+def numbers_of(rows: Tensor, losses: Tensor) -> Tensor:
+    """A batch's rows and mean losses, as `RowEngine.numbers` has them."""
     return torch.cat([rows.float(), losses.float()[:, None]], dim=1)
 
 
