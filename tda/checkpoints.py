@@ -65,9 +65,8 @@ def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
 def sees_ahead(model: nn.Module) -> bool:
     """Whether the logits at the first of a few tokens change with the last."""
     device = next(model.parameters()).device
-    first, other = (
-        model(input_ids=torch.tensor([[0, 1, last]], device=device), use_cache=False).logits[0, 0].float() for last in (2, 3)
-    )
+    tokens = (torch.tensor([[0, 1, last]]).to(device) for last in (2, 3))
+    first, other = (model(input_ids=one, use_cache=False).logits[0, 0].float() for one in tokens)
     return bool((first - other).norm() > AHEAD * first.norm())
 
 

@@ -211,6 +211,7 @@ def install() -> None:
     _library.fallback(lambda operation, *args, **kwargs: _run(operation, args, kwargs), "PrivateUse1")
     torch.Generator = _DeviceGenerator
     nn.Module.compile = lambda _self, *_args, **_kwargs: None
+    torch.compile = lambda function, **_kwargs: function
     arange, to = torch.arange, transformers.PreTrainedModel.to
 
     def arange_there(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
