@@ -31,6 +31,8 @@ from tda.model import freeze, load_model, num_parameters, num_trained_parameters
 
 # Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # that Adam keeps of a parameter
+NEARLY = 0.05  # of a setting: a peak between two logged rates is seen a little low
 
 
 def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
@@ -96,18 +98,13 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
 
 def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> str:
     """A sentence on how models will be retrained otherwise than the run was trained, if they will; else empty."""
-    run = {"optimizer": optimizer.get("optimizer", recipe.optimizer), "learning_rate": peak, "weight_decay": recipe.weight_decay}
-    run |= {key: optimizer[key] for key in ("weight_decay", "momentum", "beta2", "epsilon") if key in optimizer}
-    if run["optimizer"] != "sgd":
+    run = {"optimizer": recipe.optimizer, "learning_rate": peak} | optimizer
+    if run["optimizer"] == "adamw":
         run.pop("momentum", None)
     unlike = [
-        f"{key} {value if isinstance(value, str) else f'{value:.3g}'} (train.{key} is {getattr(recipe, key)})"
+        f"{key} {value} (train.{key} is {getattr(recipe, key)})"
         for key, value in run.items()
-        if (
-            value != getattr(recipe, key)
-            if isinstance(value, str)
-            else not math.isclose(value, getattr(recipe, key), rel_tol=0.05)
-        )
+        if _other(value, getattr(recipe, key))
     ]
     if not unlike:
         return ""
@@ -115,6 +112,10 @@ def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> st
         f"the run had {', '.join(unlike)}: retraining, and so the verdict, goes by params.yaml; set these keys, and train.stages"
         ", to what the run did"
     )
+
+
+def _other(one: str | float, other: str | float) -> bool:
+    return one != other if isinstance(one, str) else not math.isclose(one, other, rel_tol=NEARLY)
 
 
 def find_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -240,35 +241,22 @@ def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     kept = {kind for values in saved["state"].values() for kind in values}
     decay = float(group.get("weight_decay", 0.0))
     strange = [key for key in ("nesterov", "amsgrad", "maximize", "dampening", "centered") if group.get(key)]
-    if {"betas", "eps"} <= set(group) and {"exp_avg", "exp_avg_sq"} <= kept <= {
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "step",
-    }:
-        if decay and group.get("decoupled_weight_decay") is False:
-            strange.append("weight_decay that is a part of the gradient")
-        found = {
-            "optimizer": "adamw",
-            "momentum": 0.0,
-            "beta2": group["betas"][1],
-            "epsilon": group["eps"],
-            "weight_decay": decay,
-        }
-    elif {"momentum", "dampening"} <= set(group) and kept <= {"momentum_buffer"}:
-        found = {"optimizer": "sgd", "momentum": float(group["momentum"]), "weight_decay": decay}
+    found: dict[str, Any] = {}
+    if MOMENTS <= kept <= MOMENTS | {"step", "max_exp_avg_sq"} and {"betas", "eps"} <= set(group):
+        found = {"optimizer": "adamw", "momentum": 0.0, "beta2": group["betas"][1], "epsilon": group["eps"]}
+        strange += ["weight_decay as a part of the gradient"] * (decay > 0 and group.get("decoupled_weight_decay") is False)
+    elif kept <= {"momentum_buffer"} and {"momentum", "dampening"} <= set(group):
+        found = {"optimizer": "sgd", "momentum": float(group["momentum"])}
     else:
-        strange.append(
-            f"a state of {', '.join(sorted(kept)) or 'nothing'} and the settings {', '.join(sorted(set(group) - {'params'}))}"
-        )
-        found = {}
+        known = ", ".join(sorted(set(group) - {"params"}))
+        strange.append(f"a state of {', '.join(sorted(kept)) or 'nothing'} and the settings {known}")
     if strange:
         raise ValueError(
             f"train.run: {path}: an optimizer with {', '.join(strange)}; expected AdamW as torch has it, or SGD, whose dynamics "
             "SOURCE follows; to follow the run as one of SGD, which ranks documents worse, remove its optimizer.pt files and set "
             "curvature.adam to none"
         )
-    return found
+    return found | {"weight_decay": decay}
 
 
 def _load_optimizer(path: Path) -> dict[str, Any]:

@@ -423,7 +423,7 @@ def other_architecture(output: Path) -> None:
         (swap_two_parameters, ValueError, "expected the optimizer of this model"),
         (set_in_groups(betas=None), ValueError, "expected AdamW as torch has it, or SGD"),
         (set_in_groups(amsgrad=True), ValueError, "an optimizer with amsgrad; expected AdamW"),
-        (set_in_groups(decoupled_weight_decay=False), ValueError, "weight_decay that is a part of the gradient"),
+        (set_in_groups(decoupled_weight_decay=False), ValueError, "weight_decay as a part of the gradient"),
         (RMSPROP, ValueError, r"a state of square_avg, step and the settings alpha, .*; expected AdamW"),
         (LION, ValueError, r"a state of exp_avg and the settings betas, .*; expected AdamW"),
         (ADAMAX, ValueError, r"a state of exp_avg, exp_inf, step .*; expected AdamW"),
