@@ -91,6 +91,11 @@ def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
             run.model(index), run.layers, points, task=run.task, batch_size=run.batch_size, roots=_roots(run, index)
         )
         K = K + time / sum(times) * here
+    if not torch.as_tensor(K).isfinite().all():
+        raise ValueError(
+            "surrogate: gradients of the network's outputs are not finite at a checkpoint; expected finite weights; look for a "
+            "diverged run"
+        )
     return K
 
 

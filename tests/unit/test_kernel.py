@@ -292,6 +292,15 @@ def test_block_krylov_is_exact_at_once_with_the_inverse_and_copes_with_equal_que
     torch.testing.assert_close(x, b / A.diagonal())
 
 
+def test_a_diverged_run_is_named():
+    held = fitted("classification")
+    first, *rest = held.run.checkpoints
+    weights = {name: torch.full_like(value, 1e300) for name, value in first.weights.items()}
+    run = replace(held.run, checkpoints=[replace(first, weights=weights), *rest])
+    with pytest.raises(ValueError, match=r"surrogate: gradients of the network's outputs are not finite.*diverged run"):
+        attribute("surrogate", run, held.task, held.train, held.queries)
+
+
 def test_averaged_influence_without_curvature_is_a_dot_product_at_the_mean_weights():
     """With an overwhelming damping the response is the query itself, over the damping."""
     held = fitted("classification")
