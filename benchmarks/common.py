@@ -178,13 +178,10 @@ def commit() -> str:
 
 def run_facts() -> dict:
     """What ran: versions of the packages and the commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "versions": {name: version(name) for name in ("torch", "lancedb", "pylance", "numpy")}
         | {"python": platform.python_version()},
-        "commit": commit,
+        "commit": commit(),
     }
 
 

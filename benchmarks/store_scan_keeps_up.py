@@ -6,20 +6,18 @@ All in the page cache. The answers are checked first. Prints one JSON line; the 
 """
 
 import json
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.common import run_facts
 from tda.row_products import dot_scores
 from tda.store import Rows, open_table
 from tda.stored_rows import row_scales
@@ -112,7 +110,6 @@ def measure(rows: Rows, folder: Path) -> dict:
                 spent.append(seconds(action))
 
     size = stored.nbytes / 1e9
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     figures = {
         kind: {
             "store_gb_per_s": round(size / statistics.median(ours), 2),
@@ -131,9 +128,7 @@ def measure(rows: Rows, folder: Path) -> dict:
         "queries": NUM_QUERIES,
         "dtype": "float16",
         "device": f"cpu, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("lancedb", "pylance", "torch", "numpy")}
-        | {"python": platform.python_version()},
-        "commit": commit,
+        **run_facts(),
         **figures,
     }
 
