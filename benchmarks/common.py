@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.hooks import RemovableHandle
 
 from tda.artifacts import Workspace
 from tda.config import Architecture, Config, load_config
@@ -119,10 +120,14 @@ def frozen_pass(model: nn.Module, batch: Batch) -> None:
 
 def lean_pass(model: nn.Module, batch: Batch) -> None:
     """The reference with our own loss, on the predictions that count."""
-    embeddings = model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    handle = differentiated_from_embeddings(model)
     document_losses(model, batch)[0].backward()
     handle.remove()
+
+
+def differentiated_from_embeddings(model: nn.Module) -> RemovableHandle:
+    """Have the backward pass of a frozen model go down to what its input embeddings give, until the handle is removed."""
+    return model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
 def count_flops(action: Callable[[], object]) -> int:

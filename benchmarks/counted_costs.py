@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import SHAPES, count_flops
+from benchmarks.common import SHAPES, count_flops, differentiated_from_embeddings
 from benchmarks.peers import DRIVERS, PeerError, run_driver
 from benchmarks.peers_speed import hand_over
 from tda import costs
@@ -285,7 +285,7 @@ def pass_bytes(case: Case, *, batch_tokens: int = CURVATURE_TOKENS) -> int:
         return _Attention.apply(query, key, value)
 
     case.model.requires_grad_(False)
-    handle = case.model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    handle = differentiated_from_embeddings(case.model)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend), within_documents(case.model), hooks:
         case.model.base_model(**batch.inputs, use_cache=False)

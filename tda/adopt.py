@@ -43,11 +43,8 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     """
     run = Path(recipe.run)
     found = find_checkpoints(run)
-    if len(found) < len(recipe.checkpoints):
-        raise FileNotFoundError(
-            f"train.run: {run} has {len(found)} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
-            f"{list(range(len(found)))}, or save more of them (save_steps and save_total_limit of the Trainer)"
-        )
+    if said := too_few_checkpoints(recipe, len(found)):
+        raise FileNotFoundError(f"{said}, or save more of them (save_steps and save_total_limit of the Trainer)")
     chosen = [found[round((index + 1) * len(found) / len(recipe.checkpoints)) - 1] for index in recipe.checkpoints]
     frozen = unmoved(found[0][1], found[-1][1], base=recipe.model) if len(found) > 1 else []
     final_state = _trainer_state(chosen[-1][1])
@@ -116,6 +113,16 @@ def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> st
 
 def _other(one: str | float, other: str | float) -> bool:
     return one != other if isinstance(one, str) else not math.isclose(one, other, rel_tol=NEARLY)
+
+
+def too_few_checkpoints(recipe: Train, there: int) -> str:
+    """What to say if the run has fewer checkpoints than `train.checkpoints` asks for; else empty."""
+    if there >= len(recipe.checkpoints):
+        return ""
+    return (
+        f"train.run: {recipe.run} has {there} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
+        f"{list(range(there))}"
+    )
 
 
 def find_checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tda.data import Data, Documents, batch_plan
 from tda.ekfac import EKFAC, Covariances, add_by_name, basis_like, corrected_eigenvalues, covariances, eigenbasis
 from tda.factors import SegmentFactors
+from tda.losses import at_least_float32
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, pack_plan, packs, within_documents
 from tda.parallel import parallel_map
@@ -60,7 +62,7 @@ class Passes:
     """Passes over the data at every checkpoint: how documents become batches, and where they go through which model."""
 
     checkpoints: Sequence[str | int]
-    model: "OneModel"
+    model: OneModel
     data: Data
     packed: bool
     batch_tokens: int
@@ -85,17 +87,20 @@ class Passes:
 
     def part(self, work: Work[Result], checkpoint: str | int, shard: int, *, salt: int, into: Result | None = None) -> Result:
         """`work` over one part of the data at one checkpoint, added to `into` if it is given."""
-        plan = (pack_plan if self.packed else batch_plan)(self.data.lengths, batch_tokens=self.batch_tokens)
         number = self.checkpoints.index(checkpoint) * NUM_SHARDS + shard
         generator = torch.Generator(self.device).manual_seed((self.seed * 8 + salt) * 2**20 + number)
         model = self.model.at(checkpoint)
         with within_documents(model) if self.packed else contextlib.nullcontext(), products_in_tf32(model):
-            return work(model, map(self._batch, plan[shard::NUM_SHARDS]), generator, into)
+            return work(model, map(self._batch, self._plan[shard::NUM_SHARDS]), generator, into)
 
     @property
     def apart(self) -> bool:
         """Whether every part of the data has sums of its own."""
         return self.device.type == "cpu"
+
+    @cached_property
+    def _plan(self) -> list[list[int]]:
+        return (pack_plan if self.packed else batch_plan)(self.data.lengths, batch_tokens=self.batch_tokens)
 
     def _batch(self, rows: list[int]):
         if self.packed:
@@ -150,10 +155,12 @@ def fit_factors(
         return SegmentFactors(layers, {}, {}, P, chosen or {}, len(data))
     packed = packed and isinstance(data, Documents) and packs(model.at(checkpoints[-1]))
     passes = Passes(checkpoints, model, data, packed, batch_tokens, seed, workers if device.type == "cpu" else 1, device)
-    room = _room(passes, layers, task=task) if room is None else room
-    copies = 1 + workers if passes.apart else 1
-    narrow = model.like.dtype == torch.bfloat16
-    blocks = [layers] if chosen else layer_blocks(layers, room=room, copies=copies, narrow=narrow, scaled=adam == "symmetric")
+    blocks = [layers]
+    if not chosen:
+        room = _room(passes, layers, task=task) if room is None else room
+        copies = 1 + workers if passes.apart else 1
+        narrow = model.like.dtype == torch.bfloat16
+        blocks = layer_blocks(layers, room=room, copies=copies, narrow=narrow, scaled=adam == "symmetric")
     plain, scaled = {}, {}
     for number, block in enumerate(blocks, start=1):
         name = f" of layers {number}/{len(blocks)}" if len(blocks) > 1 else ""
@@ -243,7 +250,8 @@ def _fit_scaled(
 
     sums, _none = passes.over(scale(None), add, f"scaled covariances{name}", salt=3)
     basis = scaled_eigenbasis(sums, layers)
-    counted, Lambda = passes.over(scale(basis), add, f"scaled eigenvalues{name}", salt=4)
+    rotations = basis_like(at_least_float32(passes.model.like), basis)  # once for all parts of the data
+    counted, Lambda = passes.over(scale(rotations), add, f"scaled eigenvalues{name}", salt=4)
     return _factors(basis, Lambda, weight=weight / counted.num_tokens)
 
 

@@ -107,13 +107,14 @@ def row_engine(
             f"compute.compile: {type(model).__name__} mixes documents that stand in one row, as with attention to a window only; "
             "expected a model that can keep them apart; set it to auto or never"
         )
-    if wanted == "auto" and device.type != "cpu" and not packs(model):
+    compiled = wanted == "always" or (wanted == "auto" and device.type != "cpu" and packs(model))
+    if wanted == "auto" and device.type != "cpu" and not compiled:
         print(
             f"tda gradients: {type(model).__name__} mixes documents that stand in one row: they are padded and not "
             "compiled, which is slower",
             file=sys.stderr,
         )
-    if wanted == "never" or (wanted == "auto" and (device.type == "cpu" or not packs(model))):
+    if not compiled:
 
         def eager(documents: Documents, rows: list[int]) -> Tensor:
             take = functools.partial(gradient_rows, model, layers, task=CausalLM(), projections=held)

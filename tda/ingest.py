@@ -47,7 +47,7 @@ class Reading:
     quarantine: list[dict] = field(default_factory=list)  # file, line, reason, row
     num_rows: int = 0
     num_ids_made: int = 0
-    names: list[str] = field(default_factory=list)  # fields that rows have
+    names: dict[str, None] = field(default_factory=dict)  # of fields that rows have, the first ones, for messages
     absent: set[str] = field(default_factory=set)  # fields that were named and no row has
     whole: bool = True  # whether there are no more rows
 
@@ -97,7 +97,6 @@ def read_documents(
         )
     reading = Reading(absent={fields.id, fields.source, fields.part} - {""})
     hashes: dict[str, str] = {}
-    names: dict[str, None] = {}  # of the fields that rows have, for the message
     try:
         for row in tqdm(rows(location, split=split), desc=f"reading {key}", unit="row", disable=not progress_is_shown()):
             if reading.num_rows == at_most:
@@ -106,8 +105,8 @@ def read_documents(
             reading.num_rows += 1
             if isinstance(row.value, dict):
                 reading.absent.difference_update(row.value)
-                if len(names) < 50:
-                    names.update(dict.fromkeys(map(str, row.value)))
+                if len(reading.names) < 50:
+                    reading.names.update(dict.fromkeys(map(str, row.value)))
             try:
                 document, made = _document(row, fields=fields)
                 digest = content_hash(document.text)
@@ -122,7 +121,6 @@ def read_documents(
         raise FileNotFoundError(f"{key}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-    reading.names = list(names)
     if reading.whole or not reading.documents:
         _check(reading, location=location, max_bad_rows=max_bad_rows, key=key)
     return reading

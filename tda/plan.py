@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tda import costs
-from tda.adopt import find_checkpoints
+from tda.adopt import find_checkpoints, too_few_checkpoints
 from tda.artifacts import Workspace
 from tda.calibration import Machine, Sample, calibrate, given, sample_of
 from tda.config import Config, Train
@@ -423,7 +423,7 @@ def _averaged_influence(
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:
     """What will not fit or be refused, and what to change, a line each."""
-    found = _too_few_checkpoints(config.train)
+    found = _refused_run(config.train)
     disk = sum(stage.disk_bytes for stage in stages)
     cache = cache_bytes(stages)
     if disk + cache > machine.free_disk:
@@ -442,15 +442,10 @@ def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[s
     return found
 
 
-def _too_few_checkpoints(recipe: Train) -> list[str]:
+def _refused_run(recipe: Train) -> list[str]:
     """What stage `train` will refuse of a run that is given; one that is not there is refused here."""
-    there = len(find_checkpoints(Path(recipe.run))) if recipe.run else len(recipe.checkpoints)
-    if there >= len(recipe.checkpoints):
-        return []
-    return [
-        f"train.run: {recipe.run} has {there} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
-        f"{list(range(there))}, else stage train refuses it"
-    ]
+    said = too_few_checkpoints(recipe, len(find_checkpoints(Path(recipe.run)))) if recipe.run else ""
+    return [f"{said}, else stage train refuses it"] if said else []
 
 
 _REMEDIES = {

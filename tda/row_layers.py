@@ -25,9 +25,7 @@ from tda.packing import PackedBatch, spread, within_documents
 from tda.projection import Projection, encode_inputs
 from tda.task import CausalLM, Task
 
-MOST_GRAPHS = (
-    64  # of the code that all decoder layers share: some for every kind of layer, by whether its grid is full, and so on
-)
+MOST_GRAPHS = 64  # of the code that decoder layers share: one for each kind of layer and of grid; torch's own limit is 8
 
 
 class _Perturbed(torch.autograd.Function):

@@ -32,7 +32,9 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights after a step, by name, frozen ones or not, and AdamW's second moments (`exp_avg_sq`) by parameter name.
+    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name.
+
+    Weights that are frozen may be missing: the run's model has them.
 
     `mean_weights` are the means over the steps since the checkpoint before: what training did there without the noise of its
     batches.
@@ -179,8 +181,7 @@ class Recorder:
         self._optimizer = optimizer
         self._settings = _settings(optimizer)
         self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        every = model.named_parameters(remove_duplicate=False)
+        every, trained = model.named_parameters(remove_duplicate=False), self._trained()
         self._frozen = {name for name, one in every if not one.requires_grad and id(one) not in trained}
         self._initial = self._moving()
         self._checkpoints: list[Checkpoint] = []
@@ -203,6 +204,10 @@ class Recorder:
                 )
             )
 
+    def _trained(self) -> set[int]:
+        """Ids of the parameters that the optimizer has."""
+        return {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+
     def _moving(self) -> dict[str, Tensor]:
         """A copy of the model's state on the CPU, where it fills no GPU; of what is frozen the model itself is the only one."""
         state = self._model.state_dict()
@@ -212,7 +217,7 @@ class Recorder:
     def run(self) -> Run:
         """The run so far; its last checkpoint has to be at the last step taken."""
         model = copy.deepcopy(self._model).eval()
-        trained = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        trained = self._trained()
         freeze(model, [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained])
         return Run(
             model=model,

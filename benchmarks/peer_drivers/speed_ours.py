@@ -14,7 +14,7 @@ import torch
 from speed_handover import TRUE, Action, Handover, drive
 from torch import Tensor
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, differentiated_from_embeddings
 from tda.config import load_config
 from tda.data import Documents
 from tda.ekfac import corrected_eigenvalues, covariances
@@ -49,7 +49,7 @@ def actions(handed: Handover) -> dict[str, Action]:
 def compiled_floor(handed: Handover, documents: Documents) -> Action:
     """The floor through compiled decoder layers and losses of blocks of logits: what a logger that costs nothing would take."""
     model = handed.model().requires_grad_(False)
-    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    differentiated_from_embeddings(model)
     for layer in decoder_layers(model):
         layer.compile(fullgraph=True)
 

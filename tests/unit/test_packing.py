@@ -20,6 +20,13 @@ MODELS = {
     "gpt2": tiny_gpt2,
     "adapted": lambda: with_adapter(tiny_llama()).base_model.model,
 }
+SIZES = {  # of other models
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 ROWS = [4, 0, 7, 2]
 FILL = 50  # more than the documents in ROWS have
 
@@ -190,12 +197,8 @@ def test_models_that_cannot_keep_documents_apart_are_known():
     assert packs(tiny_gpt2())
     windowed = MistralForCausalLM(
         MistralConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=8,
-            intermediate_size=12,
+            **SIZES,
             num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             sliding_window=4,
         )
     )
@@ -232,17 +235,7 @@ def test_layers_of_several_kinds_compile_for_grids_of_every_kind():
     """More graphs of one code than torch allows by default, which would end the run."""
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    config = SmolLM3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        no_rope_layers=[1, 0, 1, 0],
-        pad_token_id=None,
-        use_cache=False,
-    )
+    config = SmolLM3Config(**SIZES, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0], pad_token_id=None, use_cache=False)
     model, held = SmolLM3ForCausalLM(config).eval(), random_documents(12)
     layers = tracked_layers(model)
     projections = random_projections(layers, rank=3, seed=0)
