@@ -2,14 +2,24 @@
 
 Lance's own reads copy each byte several times and take a core's whole time at about 1 GB/s, a plain read a fraction of it
 (benchmarks/scores_from_the_store.py). Where a file is laid out otherwise there are no extents, and Lance reads as before.
+
+Rows that memory has no room to keep are read past the system's cache of files (O_DIRECT of
+open(2)): a third of the processor's time, and what else is in the cache stays there.
 """
 
+import errno
+import mmap
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from tda.usage import free_memory
+
+DISK_BLOCK = 4096  # bytes; where reads past the cache begin and end, a multiple of what any disk asks for
 
 
 @dataclass(frozen=True)
@@ -29,12 +39,13 @@ class RowFiles:
         self._extents = extents
         self._row_bytes = row_bytes
         self._firsts = np.array([extent.first for extent in extents])
+        self._past_cache = row_bytes * sum(extent.num_rows for extent in extents) > free_memory()
         self._files: dict[Path, int] = {}
+        self._held = threading.local()  # blocks of the disk, of each thread that reads
 
     def __enter__(self) -> "RowFiles":
-        for extent in self._extents:
-            if extent.path not in self._files:
-                self._files[extent.path] = os.open(extent.path, os.O_RDONLY)
+        for path in {extent.path for extent in self._extents}:
+            self._files[path] = self._open(path)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,10 +69,38 @@ class RowFiles:
             self._read_whole(extent, inside * self._row_bytes, memoryview(out[done : done + rows]).cast("B"))
             done += rows
 
+    def _open(self, path: Path) -> int:
+        if self._past_cache:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._past_cache = False  # a file system that has no such reads
+        return os.open(path, os.O_RDONLY)
+
     def _read_whole(self, extent: Extent, offset: int, into: memoryview) -> None:
+        start = extent.offset + offset
+        if not self._past_cache:
+            self._read(extent.path, start, into, needed=len(into))
+            return
+        before = start % DISK_BLOCK
+        needed = before + len(into)
+        blocks = self._blocks(-(-needed // DISK_BLOCK) * DISK_BLOCK)
+        self._read(extent.path, start - before, blocks, needed=needed)
+        into[:] = blocks[before:needed]
+
+    def _blocks(self, num_bytes: int) -> memoryview:
+        """So many bytes that begin at a page, as reads past the cache want them."""
+        if len(getattr(self._held, "blocks", b"")) < num_bytes:
+            self._held.blocks = mmap.mmap(-1, num_bytes)
+        return memoryview(self._held.blocks)[:num_bytes]
+
+    def _read(self, path: Path, start: int, into: memoryview, *, needed: int) -> None:
+        """At least the first `needed` bytes of `into`, from byte `start` of the file."""
         read = 0
-        while read < len(into):
-            got = os.preadv(self._files[extent.path], [into[read:]], extent.offset + offset + read)
+        while read < needed:
+            got = os.preadv(self._files[path], [into[read:]], start + read)
             if not got:
-                raise OSError(f"{extent.path} ends at byte {extent.offset + offset + read}, inside a row; run `tda verify`")
+                raise OSError(f"{path} ends at byte {start + read}, inside a row; run `tda verify`")
             read += got

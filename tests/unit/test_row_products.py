@@ -1,9 +1,13 @@
+import errno
+import os
+from pathlib import Path
+
 import lance
 import numpy as np
 import pytest
 import torch
 
-from tda import row_products
+from tda import row_files, row_products
 from tda import store as store_module
 from tda.row_files import Extent, RowFiles
 from tda.row_products import dot_scores
@@ -98,9 +102,12 @@ def test_threads_of_torch_are_as_before(tmp_path):
 # where the bytes come from
 
 
+@pytest.mark.parametrize("memory", ["roomy", "small"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vectors_come_from_the_files_in_whole_blocks(tmp_path, monkeypatch, dtype):
-    """Of a table of several files, long and short rows alike; Lance's take gives the same and is not asked for it."""
+def test_vectors_come_from_the_files_in_whole_blocks(tmp_path, monkeypatch, dtype, memory):
+    """Of a table of several files, also past the system's cache; Lance's take gives the same and is not asked for it."""
+    if memory == "small":
+        monkeypatch.setattr(row_files, "free_memory", lambda: 0)
     dim = 500  # shorter rows are packed in another way, which `_extents` refuses
     small_blocks(monkeypatch, dtype=dtype, dim=dim)
     table = open_for_writing(tmp_path, dim=dim, dtype=dtype)
@@ -115,7 +122,35 @@ def test_vectors_come_from_the_files_in_whole_blocks(tmp_path, monkeypatch, dtyp
     assert len(extents) == 3
     monkeypatch.setattr(table, "_extents", lambda: extents)
     monkeypatch.setattr(table, "_dataset", _WithoutVectors(table._dataset))
+    opened = opened_files(monkeypatch)
     np.testing.assert_array_equal(dot_scores(table, IDS, queries), by_lance)
+    assert [flags & os.O_DIRECT for flags in opened] == [os.O_DIRECT if memory == "small" else 0] * 3
+
+
+def opened_files(monkeypatch, *, refused: int = 0) -> list[int]:
+    """Flags with which files will be opened; those that have one of `refused` are refused, as a file system would."""
+    opened: list[int] = []
+
+    def opening(path: Path, flags: int) -> int:
+        opened.append(flags)
+        if flags & refused:
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return plain(path, flags)
+
+    plain = os.open
+    monkeypatch.setattr(row_files.os, "open", opening)
+    return opened
+
+
+def test_a_file_system_that_has_only_cached_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "free_memory", lambda: 0)
+    table = open_for_writing(tmp_path, dim=500)
+    table.upsert(make_rows(IDS, dim=500))
+    queries = some_queries(5, 500)
+    expected = dot_scores(table, IDS, queries)
+    opened = opened_files(monkeypatch, refused=os.O_DIRECT)
+    np.testing.assert_array_equal(dot_scores(table, IDS, queries), expected)
+    assert {flags & os.O_DIRECT for flags in opened} == {0, os.O_DIRECT}
 
 
 class _WithoutVectors:
@@ -146,7 +181,9 @@ def test_a_layout_that_only_looks_right_is_noticed(tmp_path):
     assert not table._are_plain(shifted)
 
 
-def test_a_file_that_ends_early_is_said(tmp_path):
+@pytest.mark.parametrize("memory", [0, 2**40])
+def test_a_file_that_ends_early_is_said(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(row_files, "free_memory", lambda: memory)
     table = open_for_writing(tmp_path, dim=500)
     table.upsert(make_rows(IDS, dim=500))
     (extent,) = table._extents()
