@@ -9,6 +9,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DO_NOT_TRACK := 1
 
+# A process per core, each of one thread.
+TESTS := OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
+
 # The first Python that fits and can make an environment; PYTHON=... chooses another.
 FIND_PYTHON = for name in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
 	if "$$name" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
@@ -28,12 +31,12 @@ run: install workspace  ## install, run the pipeline on params.yaml, print the v
 	@tda verdict
 
 test: install  ## install, run the tests
-	@python -m pytest
+	@$(TESTS)
 
 check: install  ## format check, lint, tests
 	@ruff format --check .
 	@ruff check .
-	@python -m pytest
+	@$(TESTS)
 
 format: install  ## format the code, mend what lint can mend
 	@ruff format .
