@@ -35,7 +35,7 @@ from benchmarks.common import ROOT, SHAPES, commit
 from benchmarks.peers import DRIVERS, PeerError, run_driver
 from tda.artifacts import write_json
 from tda.config import load_config
-from tda.model import Layer, build_model, linear_modules, load_model, tracked_layers
+from tda.model import Layer, build_model, cast_weights, linear_modules, load_model, tracked_layers
 from tda.text_table import text_table
 
 SOURCES = ("ours", "bergson", "dattri_llm", "kronfluence")
@@ -139,9 +139,9 @@ def _model(chosen: argparse.Namespace) -> tuple[nn.Module, int]:
         with torch.device(chosen.device):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[chosen.model]), dtype=dtype)
     else:
-        model = load_model(chosen.model)
+        model = load_model(chosen.model, dtype=dtype)
         context = min(LARGE_CONTEXT, model.config.max_position_embeddings)
-    return model.to(chosen.device, dtype).eval(), chosen.context or context
+    return cast_weights(model, dtype).to(chosen.device).eval(), chosen.context or context
 
 
 def hand_over(

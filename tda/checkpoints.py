@@ -70,7 +70,7 @@ def sees_ahead(model: nn.Module) -> bool:
     return bool((first - other).norm() > AHEAD * first.norm())
 
 
-def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
+def load_checkpoint(workspace: Workspace, index: int, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model at a checkpoint, with its mean weights where it has any; one that is missing or truncated: FileNotFoundError.
 
     Raises:
@@ -79,7 +79,7 @@ def load_checkpoint(workspace: Workspace, index: int) -> nn.Module:
     training = read_json(workspace.training, stage="train")
     expected = training["architecture_digest"]
     folder = existing(workspace.checkpoint(index) / "model", stage="train")
-    model = load_model(folder)
+    model = load_model(folder, dtype=dtype)
     if architecture_digest(model) != expected:
         raise ValueError(
             f"{folder}: a checkpoint of another architecture than the run in {workspace.training}; expected parameters with "

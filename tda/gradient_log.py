@@ -145,7 +145,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     factors = load_factors(workspace.curvature(segment.index))
     device = device_of(config.compute)
     projections = segment_projections(config, factors)
-    model = load_checkpoint(workspace, checkpoint).to(device, getattr(torch, config.gradients.precision))
+    model = load_checkpoint(workspace, checkpoint, dtype=getattr(torch, config.gradients.precision)).to(device)
     dim = sum(held.size for held in projections.values())
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device, copy=copy))

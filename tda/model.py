@@ -71,7 +71,7 @@ def load_model(name: str | Path, *, base: str = "", dtype: torch.dtype = torch.f
             raise FileNotFoundError(
                 f"{name}: the adapter's file does not say which model it was trained on; expected base_model_name_or_path there"
             )
-        return load_adapter(load_model(base, dtype=dtype), name).to(dtype)
+        return cast_weights(load_adapter(load_model(base, dtype=dtype), name), dtype)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
@@ -87,6 +87,13 @@ def load_model(name: str | Path, *, base: str = "", dtype: torch.dtype = torch.f
             f"{list(report['mismatched_keys'])[:3]}; expected a checkpoint of the architecture that its config.json names"
         )
     return model.eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its parameters in `dtype`. Buffers stay: rotary frequencies in bfloat16 turn far tokens by other angles."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -103,7 +103,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
 
     factors = fit_factors(
         segment.checkpoints,
-        lambda checkpoint: load_checkpoint(workspace, checkpoint).to(getattr(torch, config.curvature.precision)),
+        lambda checkpoint: load_checkpoint(workspace, checkpoint, dtype=getattr(torch, config.curvature.precision)),
         documents.select(chosen),
         task=CausalLM(),
         pattern=config.curvature.layers,

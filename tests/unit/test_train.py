@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tda.artifacts import Workspace, write_json
+from tda.checkpoints import architecture_digest, load_checkpoint
 from tda.config import Train, load_config
+from tda.model import load_model
 from tda.train import (
     Taken,
     checkpoint_steps,
@@ -19,7 +22,7 @@ from tda.train import (
     stage_lengths,
     train,
 )
-from tests.helpers import document_loss, random_documents, tiny_llama
+from tests.helpers import document_loss, random_documents, tiny_llama, with_adapter
 
 
 def recipe(**changes) -> Train:
@@ -137,3 +140,21 @@ def test_trajectory_records_batches_and_rates():
     assert table["documents"].to_list() == [step.rows for step in steps]
     assert table["stage"].to_list() == [0, 1, 1]
     assert table["gradient_scale"].to_list() == [0.5] * 3
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_in_bfloat16_leave_rotary_frequencies_as_they_are(tmp_path, adapted):
+    """Rounded to 8 bits they would turn the 512th token by up to a radian too much."""
+    workspace, base = Workspace(tmp_path), tmp_path / "base"
+    tiny_llama().float().save_pretrained(base)
+    model = with_adapter(load_model(base)) if adapted else load_model(base)
+    model.save_pretrained(workspace.checkpoint(0) / "model")
+    whole = load_model(workspace.checkpoint(0) / "model", base=str(base))
+    write_json(workspace.training, {"architecture_digest": architecture_digest(whole)})
+    expected = dict(whole.named_buffers())
+    for narrow in (
+        load_model(workspace.checkpoint(0) / "model", base=str(base), dtype=torch.bfloat16),
+        load_checkpoint(workspace, 0, dtype=torch.bfloat16),
+    ):
+        assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+        assert all(torch.equal(buffer, expected[name]) for name, buffer in narrow.named_buffers())
