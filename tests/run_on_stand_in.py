@@ -1,5 +1,6 @@
 """Run by `test_other_device.py` in a process of its own: the toy pipeline, or methods, on a device that is not there."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -74,6 +75,38 @@ def methods() -> dict:
     return found
 
 
+def curvature() -> dict:
+    """By precision, the largest difference of covariances and of corrected eigenvalues to the CPU's, of the largest value."""
+    from tda import ekfac
+    from tda.data import Examples
+    from tda.model import tracked_layers
+    from tda.task import Classification
+
+    ekfac.ONE_BY_ONE = 0
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 5, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.AdaptiveAvgPool2d((1, None)), nn.Flatten(), nn.Linear(200, 3))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        both: list[dict[str, torch.Tensor]] = []
+        for device in (torch.device("cpu"), DEVICE):
+            there = copy.deepcopy(model).to(dtype).to(device).eval()
+            batch = Examples(x.to(dtype), y).batch(range(8)).to(device)
+            layers = tracked_layers(there, probe=lambda held, batch=batch: held(batch.x))
+            settings = {"task": Classification(), "generator": torch.Generator(device).manual_seed(0)}
+            sums = ekfac.covariances(there, layers, [batch], **settings)
+            values = {f"A.{name}": value.cpu() for name, value in sums.A.items()}
+            values |= {f"S.{name}": value.cpu() for name, value in sums.S.items()}
+            if not both:
+                basis = ekfac.eigenbasis(sums, layers)
+            Lambda, _count = ekfac.corrected_eigenvalues(there, layers, [batch], basis=basis, **settings)
+            both.append(values | {f"Lambda.{name}": value.cpu() for name, value in Lambda.items()})
+        assert {value.dtype for value in both[1].values()} == {torch.float32}
+        found[str(dtype)] = max(float((both[1][name] - value).abs().max() / value.abs().max()) for name, value in both[0].items())
+    return found
+
+
 def recorded(task_name: str, optimizer: str, device: torch.device | str, data_device: torch.device | str) -> tuple:
     """A run of a small network that was trained on `device`, its task, rows and queries."""
     from tda.data import Examples
@@ -110,4 +143,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     install()
     asked, *folders = sys.argv[1:]
-    print(json.dumps({"methods": methods, "pipeline": pipeline, "resumed": resumed}[asked](*map(Path, folders))))
+    known = {"curvature": curvature, "methods": methods, "pipeline": pipeline, "resumed": resumed}
+    print(json.dumps(known[asked](*map(Path, folders))))

@@ -158,7 +158,7 @@ def _run(operation: Any, args: tuple, kwargs: dict) -> Any:
         held["device"] = HOST
     plain_args, plain_kwargs = tree_map(lambda one: one.held if isinstance(one, OnDevice) else one, (args, held))
     with torch.no_grad():
-        result = operation(*plain_args, **plain_kwargs)
+        result = ON_A_GPU_ALONE.get(operation, operation)(*plain_args, **plain_kwargs)
     if name == "aten::copy_":
         return args[0]
     written = {
@@ -176,6 +176,15 @@ def _run(operation: Any, args: tuple, kwargs: dict) -> Any:
 
     return tree_map(wrapped, result)
 
+
+def _add_wide_product(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    """What torch on a GPU takes: factors of one narrow type, sums of the type that is asked for."""
+    assert a.dtype == b.dtype == torch.bfloat16, (a.dtype, b.dtype)
+    assert total.dtype == out.dtype == out_dtype == torch.float32, (total.dtype, out.dtype, out_dtype)
+    return out.copy_(total + a.float() @ b.float())
+
+
+ON_A_GPU_ALONE = {torch.ops.aten.addmm.dtype_out: _add_wide_product}
 
 _generators: set[int] = set()  # those of the device; torch hands them on by their C++ address
 _kept: list[torch.Generator] = []

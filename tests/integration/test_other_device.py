@@ -30,6 +30,14 @@ def test_every_method_gives_the_same_scores_wherever_the_model_is():
     assert {name: one for name, one in differences.items() if one > 1e-4} == {}
 
 
+def test_curvature_in_either_precision_is_that_of_the_cpu():
+    """In bfloat16 the same products are summed in float32, of weights that were rounded alike."""
+    assert {dtype: difference < 1e-5 for dtype, difference in on_stand_in("curvature").items()} == {
+        "torch.float32": True,
+        "torch.bfloat16": True,
+    }
+
+
 def test_a_run_is_resumed_where_the_model_is(tmp_path):
     assert on_stand_in("resumed", str(tmp_path)) == {"adamw": True, "sgd": True}
 
