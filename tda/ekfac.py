@@ -28,6 +28,7 @@ from tda.task import Task
 SMALLEST_STRIP = 64  # columns, and what strips are multiples of; narrower products run slower than they are smaller
 MOST_STRIPS = 12
 ONE_BY_ONE = 1 << 16  # values of a gradient from which documents' gradients are formed one after another, each in the cache
+GRADIENTS_ON_GPU = 1 << 27  # values of gradients that are formed at once there
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,11 @@ def add_squared_gradients(
         total.addmm_(at_least_float32(outputs[:, 0]).square().T, at_least_float32(inputs[:, 0]).square())
     elif total.numel() < ONE_BY_ONE:
         total += at_least_float32(outputs.mT @ inputs).square_().sum(dim=0)
+    elif total.device.type != "cpu":  # which has no cache for a gradient: the more of them are summed at once, the less is moved
+        at_once = max(1, GRADIENTS_ON_GPU // total.numel())
+        for some_outputs, some_inputs in zip(outputs.split(at_once), inputs.split(at_once), strict=True):
+            lengths = torch.linalg.vector_norm(some_outputs.mT @ some_inputs, dim=0, dtype=total.dtype)
+            total.addcmul_(lengths, lengths)
     else:
         G = inputs.new_empty(total.shape)
         for one_outputs, one_inputs in zip(outputs, inputs, strict=True):
