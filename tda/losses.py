@@ -122,9 +122,11 @@ def head_losses(
             losses[block], Ds = _compiled(backend)(*map(_of_any_length, (logits, targets[block])))
         else:
             log_p = at_least_float32(logits).log_softmax(dim=1)
-            labels = (targets[block] if uniform is None else draw(log_p.exp(), uniform[block]))[:, None]
+            p = None if uniform is None else log_p.exp()
+            labels = (targets[block] if p is None else draw(p, uniform[block]))[:, None]
             losses[block] = -log_p.gather(1, labels)[:, 0]
-            Ds = log_p.exp_().scatter_add_(1, labels, log_p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
+            p = log_p.exp_() if p is None else p
+            Ds = p.scatter_add_(1, labels, p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
         if of_h:
             dh[block] = w[block, None] * (Ds @ W)
         if of_W:
