@@ -46,4 +46,4 @@ class _Block(Fitted):
 
     def batches(self) -> Iterator:
         """The block's rows only."""
-        yield self.train.batch(list(self._rows))
+        yield self._batch(list(self._rows))
