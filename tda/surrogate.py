@@ -46,7 +46,7 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
             "rows; use source, which takes every task"
         )
     num_outputs = task.outputs(run.model(-1), train.batch([0])).shape[1]
-    needed, free = memory_needed(run, num_outputs), free_memory()
+    needed, free = memory_needed(run, num_outputs), free_memory(run.device)
     if needed > free:
         raise ValueError(
             f"surrogate: {len(train)} rows, {len(queries)} queries and {num_outputs} outputs need about {needed / 2**30:.1f} GiB "

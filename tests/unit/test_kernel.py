@@ -252,7 +252,7 @@ def test_surrogate_refuses_more_rows_than_memory_takes(monkeypatch):
     needed = memory_needed(held, 3)
     layers = (5 + 3 * 6) + (6 + 3 * 5) + (6 + 3 * 3)  # inputs, with the 1 of a bias, and three pseudo-gradients of the outputs
     assert needed == 8 * (3 * 15**2 + 15 * layers + 6 * 6**2)
-    monkeypatch.setattr("tda.surrogate.free_memory", lambda: needed - 1)
+    monkeypatch.setattr("tda.surrogate.free_memory", lambda _device: needed - 1)
     with pytest.raises(ValueError, match=r"surrogate: 12 rows, 3 queries and 3 outputs need about .* of memory, .* are free"):
         attribute("surrogate", held.run, held.task, held.train, held.queries)
 
