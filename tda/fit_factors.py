@@ -21,7 +21,7 @@ from tda.factors import SegmentFactors
 from tda.losses import at_least_float32
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, pack_plan, packs, within_documents
-from tda.parallel import parallel_map
+from tda.parallel import parallel_map, tf32
 from tda.preconditioner import scaled_eigenbasis, scaled_factors
 from tda.projection import Projection
 from tda.task import Task
@@ -108,16 +108,10 @@ class Passes:
         return self.data.batch(rows).to(self.device)
 
 
-@contextlib.contextmanager
-def products_in_tf32(model: nn.Module) -> Iterator[None]:
+def products_in_tf32(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Inside the block a GPU multiplies float32 in TF32 if `model` is in bfloat16, every value of which TF32 has too."""
-    before, weight = torch.get_float32_matmul_precision(), next(model.parameters())
-    if weight.dtype == torch.bfloat16 and weight.device.type != "cpu":
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    weight = next(model.parameters())
+    return tf32(allowed=weight.dtype == torch.bfloat16 and weight.device.type != "cpu")
 
 
 def fit_factors(

@@ -37,6 +37,18 @@ def device_of(compute: Compute) -> torch.device:
     return torch.device("cuda" if available and compute.device != "cpu" else "cpu")
 
 
+@contextlib.contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Inside the block a GPU may multiply float32 in TF32, which keeps 11 of its 24 bits; sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def num_workers(compute: Compute) -> int:
     """Processes to use: one on a GPU, else as `num_readers`."""
     return 1 if device_of(compute).type == "cuda" else num_readers(compute)

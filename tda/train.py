@@ -22,6 +22,7 @@ from tda.config import Train
 from tda.data import Documents, batches
 from tda.losses import document_losses
 from tda.model import load_model, trained_parameters
+from tda.parallel import tf32
 
 
 @dataclass(frozen=True)
@@ -136,31 +137,34 @@ def train(
 ) -> None:
     """Take `steps` with `model`, in place; `weights` multiply every document's loss (default 1); `after` is called at each step.
 
+    A GPU multiplies in TF32, whose rounding is far below the noise of a batch, at several times the speed of float32.
+
     Raises:
         ValueError: the loss is not finite.
     """
     device = next(model.parameters()).device
     factors = torch.ones(len(documents)) if weights is None else torch.from_numpy(weights).float()
     model.train()
-    for step in steps:
-        torch.manual_seed(seed * 1_000_003 + step.number)  # dropout, where a model has it, does not depend on a restart
-        for group in optimizer.param_groups:
-            group["lr"] = step.learning_rate
-        batch = documents.batch(step.rows).to(device)
-        loss, _losses = document_losses(model, batch, weights=factors[step.rows].to(device) / batch.loss_mask.sum())
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected a "
-                "finite number. Lower train.learning_rate, lengthen train.warmup, or set train.max_gradient_norm"
-            )
-        loss.backward()
-        scale = 1.0
-        if recipe.max_gradient_norm:
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
-            scale = min(1.0, recipe.max_gradient_norm / (norm.item() + 1e-6))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        after(Taken(step, loss.item(), scale))
+    with tf32(allowed=device.type != "cpu"):
+        for step in steps:
+            torch.manual_seed(seed * 1_000_003 + step.number)  # dropout, where a model has it, does not depend on a restart
+            for group in optimizer.param_groups:
+                group["lr"] = step.learning_rate
+            batch = documents.batch(step.rows).to(device)
+            loss, _losses = document_losses(model, batch, weights=factors[step.rows].to(device) / batch.loss_mask.sum())
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"train: the loss of step {step.number} is {loss.item()} at learning rate {step.learning_rate:.3g}; expected "
+                    "a finite number. Lower train.learning_rate, lengthen train.warmup, or set train.max_gradient_norm"
+                )
+            loss.backward()
+            scale = 1.0
+            if recipe.max_gradient_norm:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_gradient_norm)
+                scale = min(1.0, recipe.max_gradient_norm / (norm.item() + 1e-6))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            after(Taken(step, loss.item(), scale))
     model.eval()
 
 

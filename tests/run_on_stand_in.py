@@ -34,18 +34,30 @@ def pipeline(folder: Path) -> dict:
 
 
 def resumed(folder: Path) -> dict:
-    """By optimizer, whether a run that was resumed from a checkpoint ends with the weights of one that was not."""
+    """By optimizer, whether a run that was resumed from a checkpoint ends with the weights of one that was not.
+
+    And how float32 is multiplied: in training and afterwards.
+    """
     from tda.config import load_config
     from tda.train import make_optimizer, resume, save_checkpoint, schedule, train
     from tests.helpers import random_documents, tiny_llama
     from tests.toy import PARAMS
 
     documents, found = random_documents(8), {}
+    precisions = []
     for kind in ("adamw", "sgd"):
         recipe = load_config(PARAMS).train.model_copy(update={"optimizer": kind, "batch_size": 4})
         steps = schedule(documents, recipe, seed=0, lengths=[2, 6])
         straight, first, second = (tiny_llama(seed=seed).to(DEVICE) for seed in (0, 0, 5))
-        train(straight, documents, steps, recipe, optimizer=make_optimizer(straight, recipe))
+        optimizer = make_optimizer(straight, recipe)
+        train(
+            straight,
+            documents,
+            steps,
+            recipe,
+            optimizer=optimizer,
+            after=lambda _taken: precisions.append(torch.get_float32_matmul_precision()),
+        )
         optimizer = make_optimizer(first, recipe)
         train(first, documents, steps[:3], recipe, optimizer=optimizer)
         save_checkpoint(folder / kind, first, optimizer, step=3)
@@ -53,7 +65,7 @@ def resumed(folder: Path) -> dict:
         train(second, documents, steps[resume(folder / kind, second, optimizer) :], recipe, optimizer=optimizer)
         weights = zip(straight.parameters(), second.parameters(), strict=True)
         found[kind] = all(torch.equal(expected.cpu(), got.cpu()) for expected, got in weights)
-    return found
+    return found | {"precisions": [*sorted(set(precisions)), torch.get_float32_matmul_precision()]}
 
 
 def methods() -> dict:
