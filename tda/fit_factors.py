@@ -138,7 +138,8 @@ def fit_factors(
     Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
     loss. With `projections`, everything happens in projected space. `packed` documents stand one after another without padding,
     if the model keeps them apart. `room` is what factors may take at once, in bytes; by default most of what is free. With
-    `fitted` off the projections are all there is: the factors are left to `row_curvature`. Factors are on the CPU.
+    `fitted` off the projections are all there is: the factors are left to `row_curvature`. Factors are on the CPU. A layer that
+    alone takes more memory than there is is refused with ValueError.
     """
     model = OneModel(load, device)
     layers = tracked_layers(
@@ -155,6 +156,7 @@ def fit_factors(
         copies = 1 + workers if passes.apart else 1
         narrow = model.like.dtype == torch.bfloat16
         blocks = layer_blocks(layers, room=room, copies=copies, narrow=narrow, scaled=adam == "symmetric")
+        _check_fits(blocks, free_memory(device), copies=copies, narrow=narrow, scaled=adam == "symmetric")
     plain, scaled = {}, {}
     for number, block in enumerate(blocks, start=1):
         name = f" of layers {number}/{len(blocks)}" if len(blocks) > 1 else ""
@@ -188,6 +190,18 @@ def layer_blocks(
             blocks.append([])
         blocks[-1] += members
     return blocks
+
+
+def _check_fits(blocks: list[list[Layer]], free: int, *, copies: int, narrow: bool, scaled: bool) -> None:
+    """Refuse with ValueError layers that share an input, or one alone, whose factors take more than is free."""
+    for block in blocks:
+        needed = bytes_to_fit(block, copies=copies, narrow=narrow, scaled=scaled)
+        if needed > free:
+            raise ValueError(
+                f"curvature: the factors of {', '.join(layer.name for layer in block)} take {needed / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} are free; leave wide layers out, as a head, by the pattern of layers (curvature.layers in "
+                "params.yaml), or set curvature.space to projected"
+            )
 
 
 def bytes_to_fit(layers: Sequence[Layer], *, copies: int, narrow: bool = False, scaled: bool = False) -> int:

@@ -148,6 +148,12 @@ def test_what_does_not_pack_is_fitted_as_it_is():
         torch.testing.assert_close(packed.plain[name].Lambda, expected.Lambda)
 
 
+def test_a_layer_that_no_block_has_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr("tda.fit_factors.free_memory", lambda _device: 2**10)
+    with pytest.raises(ValueError, match=r"curvature: the factors of .*q_proj.* take 0.0 GiB, 0.0 are free; leave wide"):
+        fit(tiny_llama(), random_documents(4))
+
+
 def test_a_model_in_bfloat16_has_nearly_the_same_factors_in_float32():
     documents = random_documents(40)
     wide, narrow = fit(tiny_llama().float(), documents), fit(tiny_llama().bfloat16(), documents)
