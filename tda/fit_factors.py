@@ -21,7 +21,7 @@ from tda.factors import SegmentFactors
 from tda.losses import at_least_float32
 from tda.model import Layer, tracked_layers
 from tda.packing import pack, pack_plan, packs, within_documents
-from tda.parallel import parallel_map, tf32
+from tda.parallel import parallel_map, products_in_tf32
 from tda.preconditioner import scaled_eigenbasis, scaled_factors
 from tda.projection import Projection
 from tda.task import Task
@@ -106,12 +106,6 @@ class Passes:
         if self.packed:
             return pack(self.data, rows, fill_to=self.batch_tokens).to(self.device)
         return self.data.batch(rows).to(self.device)
-
-
-def products_in_tf32(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside the block a GPU multiplies float32 in TF32 if `model` is in bfloat16, every value of which TF32 has too."""
-    weight = next(model.parameters())
-    return tf32(allowed=weight.dtype == torch.bfloat16 and weight.device.type != "cpu")
 
 
 def fit_factors(

@@ -22,7 +22,7 @@ from tda.factors import SegmentFactors, load_factors
 from tda.gradients import gradient_rows
 from tda.model import Layer
 from tda.packing import pack, pack_plan, packs, within_documents
-from tda.parallel import device_of, num_workers, worker_pool
+from tda.parallel import device_of, num_workers, products_in_tf32, worker_pool
 from tda.projection import Projection
 from tda.row_layers import row_layers
 from tda.store import GradientTable, open_table
@@ -124,9 +124,10 @@ def row_engine(
             with within_documents(model):
                 return numbers_of(*take(pack(documents, rows).to(device, copy=copy)))
 
-        yield RowEngine(functools.partial(batch_plan, batch_tokens=batch_tokens), eager)
+        with products_in_tf32(model):
+            yield RowEngine(functools.partial(batch_plan, batch_tokens=batch_tokens), eager)
         return
-    with row_layers(model, layers, task=CausalLM(), projections=held) as rows_of:
+    with products_in_tf32(model), row_layers(model, layers, task=CausalLM(), projections=held) as rows_of:
 
         def packed(documents: Documents, rows: list[int]) -> Tensor:
             return numbers_of(*rows_of(pack(documents, rows, fill_to=batch_tokens).to(device, copy=copy)))

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from tda.config import Compute
@@ -47,6 +48,12 @@ def tf32(*, allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def products_in_tf32(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside the block a GPU multiplies float32 in TF32 if `model` is in bfloat16, every value of which TF32 has too."""
+    weight = next(model.parameters())
+    return tf32(allowed=weight.dtype == torch.bfloat16 and weight.device.type != "cpu")
 
 
 def num_workers(compute: Compute) -> int:

@@ -18,11 +18,11 @@ from benchmarks.common import ROOT, differentiated_from_embeddings
 from tda.config import load_config
 from tda.data import Documents
 from tda.ekfac import corrected_eigenvalues, covariances
-from tda.fit_factors import products_in_tf32
 from tda.gradient_log import row_engine, write_rows
 from tda.losses import document_losses
 from tda.model import tracked_layers
 from tda.packing import pack, within_documents
+from tda.parallel import products_in_tf32
 from tda.projection import Projection, random_projections
 from tda.row_layers import decoder_layers
 from tda.store import open_table
