@@ -62,7 +62,7 @@ class Settings:
     prior: str = ""  # datamodel: the method whose scores it corrects; "": the most accurate that takes the task
     curvature_examples: CountFromZero = 0  # rows that curvature is fitted on; 0: all
     iterations: CountFromZero = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
-    solver_damping: FromZero = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: the mean of 1/(eta_bar K)
+    solver_damping: FromZero = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: as training implies
     solver_examples: CountFromZero = 512  # rows whose curvature conjugate gradients solve with; 0: all
     projection_size: Count = 512  # values of a gradient in TRAK
     batch_size: CountFromZero = 0  # tokens of documents, or examples, at once; 0: 4096 and 256

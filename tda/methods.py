@@ -162,13 +162,17 @@ def _by_cg(run: Fitted, product: Product) -> Solver:
 def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
     """Influence functions at the last checkpoint, EK-FAC's answer improved by a solver.
 
-    Damped by one number for all layers; if none is set, by the mean of SOURCE's 1/(eta_bar K), weighted by steps, as ASTRA is.
+    Damped by one number for all layers; if none is set, by the mean of SOURCE's 1/(eta_bar K), weighted by steps, as ASTRA is,
+    over the median of what AdamW multiplies a layer's gradient by.
     """
     last = run.segments[-1]
-    factors = run.segment_factors(last, [_final(run)]).plain
+    factors = run.segment_factors(last, [_final(run)])
     implied = np.average([1 / segment.time for segment in run.segments], weights=[segment.num_steps for segment in run.segments])
-    damping = dict.fromkeys(factors, run.settings.solver_damping or float(implied))
-    seen = {name: plain(held) for name, held in factors.items()}
+    damping = {
+        name: run.settings.solver_damping or float(implied / (factors.P[name].median() if factors.P else 1))
+        for name in factors.plain
+    }
+    seen = {name: plain(held) for name, held in factors.plain.items()}
     curvature = DampedCurvature.of(run.layers, seen, damping, device=run.device)
     response = respond(run.query_gradients, curvature, solver, queries_at_once=run.queries_at_once)
     return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)

@@ -244,14 +244,19 @@ def test_solved_influence_is_the_inverse_of_the_dense_matrix(kind, method):
     torch.testing.assert_close(torch.from_numpy(scores.values), expected, **tolerance)
 
 
-def test_solvers_start_from_ekfac_with_the_damping_that_training_implies():
-    run, task, train, queries = setting("classification")
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.05 / (1 - 0.5)), ("adamw", 0.01)])
+def test_solvers_start_from_ekfac_with_the_damping_that_training_implies(optimizer, rate):
+    run, task, train, queries = setting("classification", optimizer)
     held = Fitted(run, task, train, queries, Settings(num_segments=2))
-    damping = 1 / (6 * 0.05 / (1 - 0.5))  # two segments of six steps each
     factors = held.segment_factors(held.segments[-1], [3]).plain
+    P = held.preconditioner([3]) if optimizer == "adamw" else dict.fromkeys(factors, torch.ones(1))
+
+    def damping(name: str) -> float:
+        return 1 / (6 * rate * P[name].median().item())  # two segments of six steps each
+
     response = {
         layer.name: torch.linalg.solve(
-            dense(factors[layer.name]) + damping * torch.eye(layer.d_out * layer.d_in, dtype=torch.float64),
+            dense(factors[layer.name]) + damping(layer.name) * torch.eye(layer.d_out * layer.d_in, dtype=torch.float64),
             held.query_gradients[layer.name].flatten(1).T,
         ).T
         for layer in held.layers
