@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.common import ROOT, differentiated_from_embeddings
 from tda.config import load_config
 from tda.data import Documents
-from tda.ekfac import corrected_eigenvalues, covariances
+from tda.ekfac import basis_like, corrected_eigenvalues, covariances
 from tda.gradient_log import row_engine, write_rows
 from tda.losses import document_losses
 from tda.model import tracked_layers
@@ -121,7 +121,9 @@ def curvature(handed: Handover, documents: Documents) -> dict[str, Action]:
     passes: dict[str, Action] = {"covariances": covariance_pass}
     if "eigenvalues" in about["passes"]:
         inputs, outputs = handed.bases()
-        basis = {name: (inputs[name], outputs[name]) for name in inputs}
+        basis = basis_like(
+            next(model.parameters()), {name: (inputs[name], outputs[name]) for name in inputs}
+        )  # as stages do: once
         passes["eigenvalues"] = eigenvalue_pass
     return passes
 
