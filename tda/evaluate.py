@@ -165,7 +165,13 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     elif not changed:
         answer = "Nothing was dropped or reweighted, so there is nothing to accept."
     else:
-        failed = [reason for condition, reason in zip(conditions, _REFUSALS, strict=True) if not condition["holds"]]
+        failed = [
+            certain if comparison["low"] > bound else possible
+            for condition, comparison, bound, (possible, certain) in zip(
+                conditions, (against_all, against_random, general), (0, 0, limit), _REFUSALS, strict=True
+            )
+            if not condition["holds"]
+        ]
         answer = f"Not shown to be better: {'; '.join(failed)}."
     return {
         "accepted": accepted,
@@ -184,10 +190,10 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     }
 
 
-_REFUSALS = [
-    "the gain against all data is not certain",
-    "the gain against the random control is not certain",
-    "the general loss may rise by more than is allowed",
+_REFUSALS = [  # of an interval that reaches above its bound, and of one that lies above it
+    ("the gain against all data is not certain", "the loss is higher than with all data"),
+    ("the gain against the random control is not certain", "the loss is higher than with the random control"),
+    ("the general loss may rise by more than is allowed", "the general loss rises by more than is allowed"),
 ]
 
 
