@@ -32,7 +32,7 @@ from tda.model import freeze, load_model, num_parameters, num_trained_parameters
 # Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 MOMENTS = {"exp_avg", "exp_avg_sq"}  # that Adam keeps of a parameter
-NEARLY = 0.05  # of a setting: a peak between two logged rates is seen a little low
+NEARLY = 0.05  # of the learning rate, whose peak between two logged ones is seen a little low
 
 
 def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
@@ -95,13 +95,15 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
 
 def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> str:
     """A sentence on how models will be retrained otherwise than the run was trained, if they will; else empty."""
+    if math.isclose(peak, recipe.learning_rate, rel_tol=NEARLY):
+        peak = recipe.learning_rate
     run = {"optimizer": recipe.optimizer, "learning_rate": peak} | optimizer
     if run["optimizer"] == "adamw":
         run.pop("momentum", None)
     unlike = [
-        f"{key} {value} (train.{key} is {getattr(recipe, key)})"
+        f"{key} {_shown(value)} (train.{key} is {getattr(recipe, key)})"
         for key, value in run.items()
-        if _other(value, getattr(recipe, key))
+        if value != getattr(recipe, key)
     ]
     if not unlike:
         return ""
@@ -111,8 +113,8 @@ def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> st
     )
 
 
-def _other(one: str | float, other: str | float) -> bool:
-    return one != other if isinstance(one, str) else not math.isclose(one, other, rel_tol=NEARLY)
+def _shown(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def too_few_checkpoints(recipe: Train, there: int) -> str:
@@ -250,7 +252,8 @@ def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     strange = [key for key in ("nesterov", "amsgrad", "maximize", "dampening", "centered") if group.get(key)]
     found: dict[str, Any] = {}
     if MOMENTS <= kept <= MOMENTS | {"step", "max_exp_avg_sq"} and {"betas", "eps"} <= set(group):
-        found = {"optimizer": "adamw", "momentum": 0.0, "beta2": group["betas"][1], "epsilon": group["eps"]}
+        beta1, beta2 = group["betas"]
+        found = {"optimizer": "adamw", "momentum": 0.0, "beta1": beta1, "beta2": beta2, "epsilon": group["eps"]}
         strange += ["weight_decay as a part of the gradient"] * (decay > 0 and group.get("decoupled_weight_decay") is False)
     elif kept <= {"momentum_buffer"} and {"momentum", "dampening"} <= set(group):
         found = {"optimizer": "sgd", "momentum": float(group["momentum"])}

@@ -460,12 +460,13 @@ def test_what_retraining_does_otherwise_is_said(gpt2, tmp_path, capfd):
     run_stages(config.model_copy(update={"train": other}), workspace, "train")
     said = capfd.readouterr().err
     assert (
-        "tda train: the run had optimizer adamw (train.optimizer is sgd), learning_rate 0.01 (train.learning_rate is 0.03): "
-        in said
-    )
-    assert "retraining, and so the verdict, goes by params.yaml" in said
+        "tda train: the run had optimizer adamw (train.optimizer is sgd), learning_rate 0.01 (train.learning_rate is 0.03), "
+        "beta2 0.999 (train.beta2 is 0.99): retraining, and so the verdict, goes by params.yaml"
+    ) in said
     same = {"optimizer": "adamw", "weight_decay": config.train.weight_decay, "beta2": config.train.beta2, "momentum": 0.0}
-    assert other_recipe(config.train, same, peak=config.train.learning_rate * 1.01) == ""
+    peak = config.train.learning_rate * 1.01
+    assert other_recipe(config.train, same, peak=peak) == ""
+    assert "the run had beta1 0.95 (train.beta1 is 0.9): " in other_recipe(config.train, same | {"beta1": 0.95}, peak=peak)
 
 
 def test_a_model_that_reads_both_ways_is_refused(tmp_path):
