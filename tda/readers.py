@@ -1,7 +1,7 @@
 """Rows of a user's files, with their places: JSON lines, CSV, Parquet, saved data sets, the Hugging Face hub.
 
-JSON lines and CSV may be compressed (.gz). A folder is all its files of these kinds, or one data set saved by `datasets`.
-The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read as a row comes as `Malformed` in its place.
+JSON lines and CSV may be compressed (.gz). A folder is all its files of these kinds, hidden ones left out, or one data set saved
+by `datasets`. The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read as a row comes as `Malformed` in its place.
 """
 
 import csv
@@ -51,7 +51,7 @@ def rows(location: str, *, split: str) -> Iterator[Row]:
         return _file(path)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
         return _saved_data_set(path, split=split)
-    files = sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES))
+    files = sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and not one.name.startswith("."))
     if not files:
         raise ValueError(
             f"{location}: nothing to read in this folder: expected files ending in {', '.join(SUFFIXES)}, or a data set saved by "

@@ -45,6 +45,7 @@ def write_all_kinds(folder: Path) -> dict[str, Path]:
     (paths["mixed"] / "1.jsonl").write_text(json.dumps(ROWS[0]))
     pl.DataFrame(ROWS[1:]).write_csv(paths["mixed"] / "2.csv")
     (paths["mixed"] / "notes.txt").write_text("not read")
+    (paths["mixed"] / "._2.csv").write_text("what macOS leaves in archives: not read")
     return paths
 
 
