@@ -191,7 +191,7 @@ def _name(row: dict, name: str) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str):
-        raise _Refused(f"field {name} is not text")
+        raise _Refused(f"field {name} is neither text nor a whole number")
     _check_characters(value, name)
     if len(value) > MAX_ID or not value.isprintable():
         raise _Refused(f"field {name} is too long or has control characters")

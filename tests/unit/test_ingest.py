@@ -95,7 +95,7 @@ def test_malformed_lines_are_put_aside_with_their_place(tmp_path, monkeypatch):
         8: "field text has a NUL character",
         9: "field text is not valid Unicode",
         10: "line too long",
-        11: "field id is not text",
+        11: "field id is neither text nor a whole number",
         12: "field id is too long or has control characters",
         13: "field part is neither general nor mixed",
         14: "duplicate id with other content",
