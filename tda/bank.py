@@ -83,7 +83,9 @@ def load_bank(path: str | Path) -> Bank:
                 f"{path}: {name} is of shape {values.shape}; expected {_words(expected)} for {len(masks)} subsets and "
                 f"{data.num_queries} queries; make the bank again"
             )
-        if values.dtype.kind != "f" or not np.isfinite(values).all():
+        if values.dtype.kind != "f":
+            raise ValueError(f"{path}: {name}: expected floating-point numbers; got {values.dtype}; make the bank again")
+        if not np.isfinite(values).all():
             raise ValueError(
                 f"{path}: {name}: expected finite numbers; got {not_finite(values)}; leave those subsets or queries out"
             )

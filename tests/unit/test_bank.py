@@ -95,6 +95,7 @@ def test_the_ceilings_of_the_shared_banks(name):
         ({"measurements": np.zeros((7, 2, 5), np.float32)}, r"measurements is of shape \(7, 2, 5\); expected \(8, any, 5\)"),
         ({"measurements": np.zeros((8, 0, 5), np.float32)}, r"measurements is of shape \(8, 0, 5\)"),
         ({"measurements": np.full((8, 1, 5), np.inf)}, "measurements: expected finite numbers; got 40 that are not"),
+        ({"measurements": np.ones((8, 1, 5), np.int64)}, "measurements: expected floating-point numbers; got int64"),
         ({"full_runs": np.zeros((2, 4), np.float32)}, r"full_runs is of shape \(2, 4\); expected \(any, 5\)"),
         ({"recipe": np.array("{}")}, "missing in the recipe: model.kind"),
         ({"flipped": np.array([3, 99])}, r"flipped: .* or row numbers from 0 to 20; got int64 of shape \(2,\): 99$"),
