@@ -97,14 +97,20 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `Linear`, transformers `Conv1D` and plain `Conv2d` by name, except those that share the weight of an embedding."""
+    """Every `Linear`, transformers `Conv1D` and plain `Conv2d` by name that has a weight to itself.
+
+    So none that shares it with an embedding, or makes it of other parameters, as `weight_norm` does: these are what is trained.
+    """
     from transformers.pytorch_utils import Conv1D
 
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)) and id(module.weight) not in embeddings and _is_a_matrix(module)
+        if isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
+        and isinstance(module.weight, nn.Parameter)
+        and id(module.weight) not in embeddings
+        and _is_a_matrix(module)
     }
 
 

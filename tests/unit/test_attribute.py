@@ -343,10 +343,10 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
         torch.testing.assert_close(values, torch.zeros_like(values), atol=1e-12, rtol=0)
 
 
-def recorded_run(model: nn.Module, x: torch.Tensor, *, trained: list | None = None) -> tuple:
-    """Six steps of SGD on `x`, three classes, by the `trained` parameters; the run, task, rows and queries."""
+def recorded_run(model: nn.Module, x: torch.Tensor, *, trained: list | None = None, kind: type = torch.optim.SGD) -> tuple:
+    """Six steps on `x`, three classes, by the `trained` parameters; the run, task, rows and queries."""
     train, task = Examples(x, torch.arange(len(x)) % 3), Classification()
-    optimizer = torch.optim.SGD(trained or model.parameters(), lr=0.05)
+    optimizer = kind(trained or model.parameters(), lr=0.05)
     recorder = Recorder(model, optimizer, num_steps=6, num_checkpoints=3)
     for step in range(6):
         rows = [(4 * step + place) % len(x) for place in range(4)]
@@ -371,6 +371,14 @@ def test_layers_that_were_not_trained_are_not_attributed(how):
     np.testing.assert_allclose(attribute("source", run, task, train, queries, num_segments=1).values, head)
     exact = attribute("replay", run, task, train, queries).values
     assert np.corrcoef(head.ravel(), exact.ravel())[0, 1] > 0.95
+
+
+def test_a_weight_made_of_others_is_not_followed_and_told_of():
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    run, task, train, queries = recorded_run(nn.Sequential(normed, nn.Linear(6, 3)), torch.randn(12, 4), kind=torch.optim.AdamW)
+    with pytest.warns(UserWarning, match=r"scores follow 38% of the trained weights .*: 0.parametrizations.weight.original0"):
+        attribute("source", run, task, train, queries)
 
 
 @pytest.mark.parametrize(
