@@ -46,10 +46,7 @@ def gauss_newton_product(
         raise ValueError("the model is in training mode, where dropout makes every product another one; call model.eval() first")
     plain_head(model)  # what it has to run, it runs before it is differentiated
     network, modules = _Outputs(model, task), linear_modules(model)
-    weights = {
-        layer.name: layer_matrix(modules[layer.name], *(None if p is None else p.detach() for p in _held(modules[layer.name])))
-        for layer in layers
-    }
+    weights = {layer.name: _matrix(layer, modules[layer.name]).detach() for layer in layers}
     num_rows = sum(len(batch.rows) for batch in batches)
 
     def outputs(matrices: dict[str, Tensor], batch: Batch | TensorBatch) -> Tensor:
@@ -105,8 +102,8 @@ def gauss_newton_product(
     return product
 
 
-def _held(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return module.weight, module.bias
+def _matrix(layer: Layer, module: nn.Module) -> Tensor:
+    return layer_matrix(module, module.weight, module.bias if layer.bias else None)
 
 
 class _Outputs(nn.Module):

@@ -28,7 +28,7 @@ class Layer:
     name: str
     d_in: int  # one more than the layer's inputs where there is a bias
     d_out: int
-    bias: bool
+    bias: bool  # one that is trained, if the weight is
     group: str  # layers of one group read the same input; named after its first layer
 
 
@@ -182,7 +182,7 @@ def tracked_layers(
     leaders: dict[tuple, str] = {}
     for name, inputs in calls:
         module = chosen[name]
-        bias = module.bias is not None
+        bias = _follows_bias(module)
         d_in, d_out = weight_shape(module)
         group = leaders.setdefault((id(inputs), *input_view(module)), name)
         layers.setdefault(name, Layer(name, d_in + bias, d_out, bias, group))
@@ -263,16 +263,22 @@ def parameter_name(layer: str, kind: str) -> str:
 
 
 def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
-    """`layer_matrix` undone: the weight, and the bias if there is one, by the module's names for them."""
-    weight = matrix if module.bias is None else matrix[:, :-1]
+    """`layer_matrix` undone: the weight, and the bias if it is in the matrix, by the module's names for them."""
+    inputs, _outputs = weight_shape(module)
+    weight, bias = matrix[:, :inputs], matrix[:, inputs:]
     as_module = weight if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T
-    return {"weight": as_module.reshape(module.weight.shape)} | ({} if module.bias is None else {"bias": matrix[:, -1]})
+    return {"weight": as_module.reshape(module.weight.shape)} | ({"bias": bias[:, 0]} if bias.shape[1] else {})
 
 
 def input_view(module: nn.Module) -> tuple:
     """What decides, beside the input itself, how a layer sees it: layers that agree in both share one encoding."""
     geometry = (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()
-    return (module.bias is not None, *geometry)
+    return (_follows_bias(module), *geometry)
+
+
+def _follows_bias(module: nn.Module) -> bool:
+    """Whether the layer's gradient has a column for its bias: not where that is frozen and the weight is trained."""
+    return module.bias is not None and (module.bias.requires_grad or not module.weight.requires_grad)
 
 
 def layer_inputs(module: nn.Module, a: Tensor, shape: Sequence[int]) -> Tensor:

@@ -373,6 +373,28 @@ def test_layers_that_were_not_trained_are_not_attributed(how):
     assert np.corrcoef(head.ravel(), exact.ravel())[0, 1] > 0.95
 
 
+@pytest.mark.parametrize("method", ["gradient_dot", "cg", "surrogate"])
+def test_biases_that_were_not_trained_are_not_followed(method):
+    """A model with frozen biases is one that adds constants instead."""
+
+    class Adds(nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.register_buffer("values", values)
+
+        def forward(self, x):
+            return x + self.values
+
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    frozen[0].bias.requires_grad_(False)
+    constant = nn.Sequential(nn.Linear(4, 6, bias=False), Adds(frozen[0].bias.detach()), nn.Tanh(), frozen[2]).double()
+    constant[0].weight.data.copy_(frozen[0].weight)
+    constant, x = copy.deepcopy(constant), torch.randn(12, 4).double()
+    scores = [attribute(method, *recorded_run(model, x, kind=torch.optim.AdamW)).values for model in (frozen, constant)]
+    np.testing.assert_allclose(*scores)
+
+
 def test_a_weight_made_of_others_is_not_followed_and_told_of():
     torch.manual_seed(0)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
