@@ -350,7 +350,7 @@ def _check(run: Run, train: Data) -> None:
             f"replay: the initial weights lack {', '.join(missing[:3])}; expected every trained parameter of the model; they "
             f"hold {', '.join(list(run.initial)[:3])}, ..."
         )
-    for number, rows in enumerate(run.batches, start=1):
+    for number, rows in enumerate(run.batches or [[]], start=1):
         if not len(rows):
             raise ValueError(
                 f"replay: step {number} has no batch; expected the row numbers it was taken on; give Recorder.step them"

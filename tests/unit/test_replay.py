@@ -364,8 +364,9 @@ def test_refusal_of_a_run_without_initial_weights():
 
 def test_refusal_of_steps_without_rows_or_with_rows_of_other_data():
     empty = [np.array([], dtype=np.int64)] * NUM_STEPS
-    with pytest.raises(ValueError, match="step 1 has no batch; expected the row numbers"):
-        replay_scores(*changed(batches=empty))
+    for batches in (empty, []):
+        with pytest.raises(ValueError, match="step 1 has no batch; expected the row numbers"):
+            replay_scores(*changed(batches=batches))
     far = [np.array([0, 99])] * NUM_STEPS
     with pytest.raises(ValueError, match="step 1 was taken on rows 0 to 99, the training data has 14; expected the data"):
         replay_scores(*changed(batches=far))
