@@ -1,5 +1,6 @@
 """Plots of what `tda evaluate` finds, as PNG or SVG files."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e7eb"
 SINGLE, ENSEMBLE = "#9db4cc", "#1f4e79"
 COLOURS = ["#1f4e79", "#c8553d", "#3a7d44", "#8a5a9e", "#b8860b", "#2a9d8f", "#5b6770"]
 BASELINE, DASHES = "#87929e", [(0, (4, 2)), (0, (1, 1.5))]
+LINE, LINE_HEIGHT = 30, 0.17  # of a method's name: characters, inches
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -45,7 +47,8 @@ def figure(path: Path, *, width: float, height: float, title: str, subtitle: str
         canvas, axes = plt.subplots(figsize=(width, height), layout="constrained")
         try:
             axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold", color=INK)
-            axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color=MUTED, va="bottom")
+            below = {"xycoords": "axes fraction", "textcoords": "offset points"}  # as far in a tall plot as in a low one
+            axes.annotate(subtitle, (0, 1), (0, 5), **below, fontsize=9, color=MUTED, va="bottom")
             yield axes
             kind = path.suffix.removeprefix(".")
             with whole(path) as part:
@@ -58,10 +61,11 @@ def plot_lds(result: dict, path: Path) -> None:
     """Every method's LDS, single runs and their ensemble, with intervals; the ceiling as a line."""
     methods = sorted(result["methods"].items(), key=lambda item: item[1]["single"]["mean"])
     bank, seeds = result["bank"], len(result["seeds"])
+    names = [folded(label) for label, _method in methods]
     with figure(
         path,
         width=7.0,
-        height=1.7 + 0.5 * len(methods),
+        height=1.7 + max(0.5, *(LINE_HEIGHT * (1 + name.count("\n")) for name in names)) * len(methods),
         title=f"Linear datamodeling score on {bank['name']}",
         subtitle=f"mean over {bank['queries']} queries with 95% interval; {bank['subsets']} subsets × {bank['repeats']} repeats",
     ) as axes:
@@ -73,13 +77,23 @@ def plot_lds(result: dict, path: Path) -> None:
         if result["ceiling"] is not None:
             axes.axvline(result["ceiling"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="noise ceiling")
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(methods)), [label for label, _method in methods], color=INK)
+        axes.set_yticks(range(len(methods)), names, color=INK)
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.tick_params(length=0)
         axes.set_xlabel("LDS")
         axes.set_xlim(left=min(-0.05, axes.get_xlim()[0]), right=1.0)
         axes.figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+
+def folded(label: str) -> str:
+    """A method's name on as many lines as it takes, broken before its settings and the members of an ensemble."""
+    lines = [""]
+    for part in re.split(r"(?=[:+])", label):
+        if lines[-1] and len(lines[-1] + part) > LINE:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _intervals(axes: Axes, shown: Sequence[tuple[int, dict]], *, label: str, colour: str, shift: float) -> None:
@@ -134,7 +148,7 @@ def plot_curves(
                 linewidth=2,
                 marker="o" if markers else "",
                 markersize=4,
-                label=label,
+                label=folded(label),
             )
             if "low" in curve:
                 axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.1, linewidth=0)

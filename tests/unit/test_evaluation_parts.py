@@ -8,7 +8,7 @@ from tda.bank_training import initial_model, train_run
 from tda.builtin_bank import NUM_QUERIES, NUM_ROWS, SOURCES, _tabulated
 from tda.data import Examples
 from tda.evaluate_mislabelled import found, read_bad_rows
-from tda.evaluation_plots import plot_curves, plot_lds
+from tda.evaluation_plots import folded, plot_curves, plot_lds
 from tda.run_files import load_run, save_run
 from tda.task import CausalLM, Classification
 from tda.text_table import text_table
@@ -170,6 +170,17 @@ def test_plots_are_the_same_bytes_twice(tmp_path, suffix):
 def test_a_plot_of_one_run_without_a_ceiling(tmp_path):
     plot_lds(lds_result(1), tmp_path / "lds.png")
     assert (tmp_path / "lds.png").stat().st_size > 5000
+
+
+def test_a_plot_folds_long_names(tmp_path):
+    """Unfolded they leave no room for the plot, of which matplotlib warns."""
+    name = "averaged_influence:counterfactual_end=0.5:damping_scale=4.0:rounds=3:solver_terms=8192"
+    lines = ["averaged_influence", ":counterfactual_end=0.5", ":damping_scale=4.0:rounds=3", ":solver_terms=8192"]
+    assert folded(name).split("\n") == lines
+    assert folded("surrogate+averaged_influence") == "surrogate+averaged_influence"
+    result = lds_result()
+    result["methods"][name] = result["methods"]["one"]
+    plot_lds(result, tmp_path / "lds.png")
 
 
 def test_the_builtin_rows():
