@@ -218,7 +218,7 @@ def prior_of(task: Task, train: Data, *, asked_for: str = "") -> str:
     """
     if "datamodel" in asked_for.split(ENSEMBLE):
         raise ValueError(f"attribute: prior: {asked_for!r}; expected another method, whose scores datamodel corrects")
-    kernels = isinstance(task, (Classification, Regression)) and isinstance(train, Examples)
+    kernels = type(task) in (Classification, Regression) and isinstance(train, Examples)
     return asked_for or ("surrogate+averaged_influence" if kernels else "averaged_influence")
 
 

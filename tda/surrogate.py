@@ -37,10 +37,11 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
-        ValueError: the task is neither classification nor regression, there are fewer than four rows, or more than memory takes.
+        ValueError: the task is neither `Classification` nor `Regression` (one derived from them may have another loss), there are
+            fewer than four rows, or more than memory takes.
     """
     train, queries, task = run.train, run.queries, run.task
-    if not isinstance(task, (Classification, Regression)) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
+    if type(task) not in (Classification, Regression) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
         raise ValueError(
             f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {len(train)} "
             "rows; use source, which takes every task"

@@ -17,6 +17,7 @@ from tda.ggn import pack
 from tda.iterative import block_krylov
 from tda.kernel import rank_one_roots, tangent_kernel
 from tda.kernel_machine import RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
+from tda.methods import prior_of
 from tda.surrogate import memory_needed, path_kernel, retrained_effects
 from tda.task import CausalLM, Classification, Regression
 from tda.trajectory import at_mean
@@ -239,6 +240,17 @@ def test_a_counterfactual_end_outside_the_run_is_refused():
     for end in (0.0, 1.5):
         with pytest.raises(ValueError, match=rf"counterfactual_end: input should be .*; got {end}"):
             Settings.of(counterfactual_end=end)
+
+
+def test_surrogate_refuses_another_loss_and_datamodel_goes_without_it():
+    class Weighted(Classification):
+        def output_losses(self, outputs, batch):
+            return (1 + batch.y) * super().output_losses(outputs, batch)
+
+    run, _task, train, queries = setting("classification")
+    with pytest.raises(ValueError, match="surrogate: needs Classification or Regression on four examples or more; got Weighted"):
+        attribute("surrogate", run, Weighted(), train, queries)
+    assert prior_of(Weighted(), train) == "averaged_influence"
 
 
 def test_surrogate_refuses_documents():
