@@ -111,11 +111,8 @@ def check_data(data: BankData, recipe: Recipe, *, origin: str) -> None:
         )
     _check_flipped(data, origin=origin)
     if isinstance(recipe.model, CausalLMModel):
-        if data.x_train.dtype.kind not in "ui" or data.x_train.ndim != 2 or data.x_train.shape[1] < 2:
-            raise ValueError(
-                f"{origin}: x_train is {data.x_train.dtype} of shape {data.x_train.shape}; expected whole numbers (row, token), "
-                "two tokens or more, for a causal_lm"
-            )
+        for name in ("x_train", "x_query"):
+            _check_tokens(getattr(data, name), name, recipe.model, origin=origin)
         return
     for name in ("train", "query"):
         x, y = getattr(data, f"x_{name}"), getattr(data, f"y_{name}")
@@ -135,6 +132,23 @@ def _check_flipped(data: BankData, *, origin: str) -> None:
         raise ValueError(
             f"{origin}: flipped: expected a boolean for each of {data.num_rows} rows, or row numbers from 0 to "
             f"{data.num_rows - 1}; got {flipped.dtype} of shape {flipped.shape}{found}"
+        )
+
+
+def _check_tokens(x: np.ndarray, name: str, model: CausalLMModel, *, origin: str) -> None:
+    from transformers import AutoConfig
+
+    if x.dtype.kind not in "ui" or x.ndim != 2 or x.shape[1] < 2:
+        raise ValueError(
+            f"{origin}: {name} is {x.dtype} of shape {x.shape}; expected whole numbers (row, token), two tokens or more, for a "
+            "causal_lm"
+        )
+    config = AutoConfig.from_pretrained(model.path).get_text_config()
+    room = getattr(config, "max_position_embeddings", None) or x.shape[1]
+    if x.min() < 0 or x.max() >= config.vocab_size or x.shape[1] > room:
+        raise ValueError(
+            f"{origin}: {name} has rows of {x.shape[1]} tokens from {x.min()} to {x.max()}; expected at most {room}, from 0 to "
+            f"{config.vocab_size - 1}, as the model in recipe.model.path knows them; tokenise or cut the rows for it"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tda import bank_training, make_bank
 from tda.bank import load_bank
-from tda.bank_data import BankData
+from tda.bank_data import BankData, check_data
 from tda.lds import lds_by_query
 from tda.make_bank import half_subsets
 from tests.banks import data_for, recipe
@@ -146,6 +146,22 @@ def test_a_language_model_bank(tmp_path):
     log_p = model(input_ids=bank_training.torch.from_numpy(tokens[8:].astype(np.int64))).logits.log_softmax(dim=2)
     losses = [-np.mean([log_p[query, at, tokens[8 + query, at + 1]].item() for at in range(CONTEXT - 1)]) for query in range(3)]
     assert np.allclose(bank.measurements[0, 0], losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (np.full((3, CONTEXT), VOCABULARY), f"from {VOCABULARY} to {VOCABULARY}; expected .* from 0 to {VOCABULARY - 1}, as the"),
+        (np.full((3, CONTEXT), -1), "x_query has rows of .* tokens from -1 to -1"),
+        (np.zeros((3, CONTEXT)), "x_query is float64"),
+        (np.zeros((3, CONTEXT + 1), int), f"x_train has rows of {CONTEXT + 1} tokens .*; expected at most {CONTEXT}, from 0"),
+    ],
+)
+def test_tokens_that_the_language_model_does_not_know_are_refused(tmp_path, query, message):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    chosen = recipe(model={"kind": "causal_lm", "path": str(tmp_path / "model")}, loss="causal_lm", measurement="loss")
+    with pytest.raises(ValueError, match=message):
+        check_data(BankData(np.zeros((8, query.shape[1]), int), query), chosen, origin="a bank")
 
 
 @pytest.mark.parametrize(("num_subsets", "repeats"), [(2, 1), (3, 0)])
