@@ -169,6 +169,9 @@ class Recorder:
         ...
         run = recorder.run
 
+    Whether gradients were clipped is not taken down: for SGD, whose steps grow with the gradient, learning rates are taken as if
+    they were not, and `replay` refuses a run that clipping changed.
+
     Raises:
         ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, or is set in a way that the methods do not
             know; it says which.
