@@ -176,7 +176,7 @@ def tracked_layers(
     if repeated:
         raise ValueError(
             f"layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
-            "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml)"
+            "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml, for `attribute`: layers)"
         )
     layers: dict[str, Layer] = {}
     leaders: dict[tuple, str] = {}
@@ -308,7 +308,7 @@ def _by_example(rows: Tensor, shape: Sequence[int]) -> Tensor:
     raise ValueError(
         f"a tracked layer sees {tuple(rows.shape)} where the model's input is {tuple(shape)}: which of its rows belongs to which "
         "example is not known; expected examples first, or examples and positions flattened; leave the layer out by the pattern "
-        "of layers (curvature.layers in params.yaml)"
+        "of layers (curvature.layers in params.yaml, for `attribute`: layers)"
     )
 
 
