@@ -120,6 +120,31 @@ def _over_layers(
     return torch.stack(parts).sum(dim=0)
 
 
+def check_apart(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task) -> None:
+    """Refuse a model that mixes examples, or the axes of examples and positions: no gradient is one example's own.
+
+    Where the first example alone counts in the loss, no other has a gradient at any layer.
+
+    Raises:
+        ValueError: another has one; the message says at which layers.
+    """
+    mixed: list[str] = []
+
+    def look(layer: Layer, _a: None, Ds: Tensor) -> None:
+        if (Ds[1:].abs() > 0).any():  # what is no number says nothing
+            mixed.append(layer.name)
+
+    first = torch.eye(len(batch.rows), device=batch.sizes.device)[0]
+    with captured(model, layers, encode=lambda _layer, _a: None, consume=look):
+        task.losses(model, batch, weights=first)[0].backward()
+    if mixed:
+        raise ValueError(
+            f"layers: {', '.join(mixed[:4])}: an example whose loss has no weight has a gradient there; expected layers that see "
+            "examples first, or examples and positions flattened in this order, a model that treats every example by itself, and "
+            "a task that weighs losses; leave them out by the pattern of layers (`layers` of `attribute`)"
+        )
+
+
 def project_queries(
     gradients: dict[str, Float[Tensor, "query d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
 ) -> Float[Tensor, "query values"]:

@@ -395,6 +395,24 @@ def test_biases_that_were_not_trained_are_not_followed(method):
     np.testing.assert_allclose(*scores)
 
 
+@pytest.mark.parametrize("flatten", [lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1).flatten(0, 1)])
+def test_positions_before_examples_are_refused(flatten):
+    """As many positions as there are rows in a batch, or both on one axis: shapes do not tell."""
+
+    class PositionsFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.body(flatten(x)).tanh().view(x.shape[1], x.shape[0], 5).mean(dim=0))
+
+    run, task, train, queries = recorded_run(PositionsFirst(), torch.randn(12, 2, 4))
+    with pytest.raises(ValueError, match="layers: body: an example whose loss has no weight has a gradient there; expected"):
+        attribute("gradient_dot", run, task, train, queries, batch_size=2)
+    attribute("gradient_dot", run, task, train, queries, batch_size=2, layers="head")
+
+
 def test_a_weight_made_of_others_is_not_followed_and_told_of():
     torch.manual_seed(0)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
