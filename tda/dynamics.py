@@ -1,5 +1,7 @@
 """What the training run did, read back: segments, exposure, and each segment's effect on a query."""
 
+from dataclasses import fields
+
 import numpy as np
 
 from tda.artifacts import Workspace, read_json, read_table
@@ -12,7 +14,9 @@ from tda.source import SegmentDynamics
 
 def load_segments(workspace: Workspace) -> list[Segment]:
     """The segments of the run, first to last."""
-    return [Segment(**values) for values in read_json(workspace.segments, stage="segments")["segments"]]
+    names = [field.name for field in fields(Segment)]
+    held = read_json(workspace.segments, stage="segments")["segments"]
+    return [Segment(**{name: values[name] for name in names}) for values in held]
 
 
 def segment_at(workspace: Workspace, index: int) -> Segment:

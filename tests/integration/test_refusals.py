@@ -17,6 +17,7 @@ from tda import stages
 from tda.artifacts import Workspace, whole, write_table
 from tda.config import MAX_SEED, Config, load_config
 from tda.data import load_documents
+from tda.dynamics import load_segments
 from tests.toy import PARAMS, run_stages, toy_config, toy_values, write_corpus, write_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
@@ -171,6 +172,14 @@ def test_a_file_of_another_form_is_named_with_the_stage_that_makes_it(toy, file,
         )
         with pytest.raises(ValueError, match=message):
             run_stages(config, workspace, stage)
+
+
+def test_a_segment_without_its_fields_is_named(tmp_path):
+    path = Workspace(tmp_path).segments
+    path.parent.mkdir(parents=True)
+    path.write_text('{"segments": [{"index": 0}]}')
+    with pytest.raises(ValueError, match=r"segments\.json cannot be read: it has no checkpoints; .* stage segments"):
+        load_segments(Workspace(tmp_path))
 
 
 @pytest.mark.parametrize(
