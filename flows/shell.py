@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 
 from flows.lifeline import GRACE_SECONDS, end_with
 from tda.cli import INTERRUPTED, TERMINATED
 
 STOP_SECONDS = GRACE_SECONDS + 5  # for the stages, and for Prefect to note it; then the flow is killed
+LAST_WATCH = 'read -r _; kill -s KILL -- "-$0"'  # the read ends when nobody holds the pipe's other end any more
 
 
 def supervise(name: str) -> None:
@@ -16,10 +18,12 @@ def supervise(name: str) -> None:
 
     To be called before anything heavy is imported, so that an interrupt finds no half-loaded module. The flow gets a session of
     its own: a terminal's Ctrl-C reaches this process alone, and Prefect's server lives on to be told how the run ended. Nor could
-    the flow itself see to it: polars takes SIGINT over, so that it does not wake a main thread that waits for its tasks.
+    the flow itself see to it: polars takes SIGINT over, so that it does not wake a main thread that waits for its tasks. If both
+    are killed, a shell of another name and session ends what they leave: the server.
     """
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    watched, held = os.pipe()  # held by the flow and by this process, and by nothing that they start
     flow = os.fork()
     if flow == 0:
         os.setsid()
@@ -29,7 +33,14 @@ def supervise(name: str) -> None:
         end_with(parent, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
         return
-    sys.exit(_exit_code(name, flow))
+    nowhere = subprocess.DEVNULL
+    watch = subprocess.Popen(
+        ["sh", "-c", LAST_WATCH, str(flow)], stdin=watched, stdout=nowhere, stderr=nowhere, start_new_session=True
+    )
+    code = _exit_code(name, flow)
+    os.close(held)
+    watch.wait()
+    sys.exit(code)
 
 
 def _leave(number: int, frame: object) -> None:

@@ -116,6 +116,14 @@ def test_the_flow_stops_when_the_command_is_killed(start, tmp_path):
     wait_until(lambda: flow not in left(tmp_path), seconds=ENOUGH)
 
 
+def test_nothing_is_left_when_both_are_killed(start, tmp_path):
+    process, flow = start(WILLING)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for one in (process.pid, flow):
+            os.kill(one, number)
+    wait_until(lambda: not left(tmp_path), seconds=ENOUGH)
+
+
 def test_the_command_exits_as_the_flow_does(tmp_path):
     script = "import sys; from flows.shell import supervise; supervise('toy'); print('done'); sys.exit(3)"
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
