@@ -18,6 +18,7 @@ from pathlib import Path
 
 import networkx
 from dvc.repo import Repo
+from dvc.stage import PipelineStage, Stage
 from dvc.utils.serialize import dump_yaml, load_yaml
 
 from flows import lifeline
@@ -39,7 +40,13 @@ def load_graph(root: Path) -> dict[str, list[str]]:
     """Every stage and the stages that it needs, in an order in which they can run: the one of `dvc repro`."""
     with Repo(str(root)) as repo:
         graph = repo.index.graph
-        return {stage.name: [need.name for need in graph.successors(stage)] for stage in networkx.dfs_postorder_nodes(graph)}
+        names = {stage: _name(stage, Path(repo.root_dir)) for stage in networkx.dfs_postorder_nodes(graph)}
+        return {name: [names[need] for need in graph.successors(stage)] for stage, name in names.items()}
+
+
+def _name(stage: Stage, root: Path) -> str:
+    """What `dvc repro` calls a stage; a file that was added by `dvc add` is one too, called by its `.dvc` file."""
+    return stage.name if isinstance(stage, PipelineStage) else Path(stage.path).relative_to(root).as_posix()
 
 
 def is_clean(root: Path) -> bool:

@@ -230,6 +230,17 @@ def test_graph_is_in_running_order(toy):
     assert needs["last"] == ["part@0", "part@1", "part@2", "part@3"]
 
 
+def test_a_file_that_dvc_tracks_is_a_stage_too(toy):
+    (toy / "own").mkdir()
+    (toy / "own" / "rows.csv").write_text("1")
+    dvc(toy, "add", "own/rows.csv")
+    assert graph.load_graph(toy)["own/rows.csv.dvc"] == []
+    (toy / "own" / "rows.csv").write_text("2")
+    for stage in graph.load_graph(toy):
+        run(toy, stage)
+    assert graph.is_clean(toy)
+
+
 def test_walking_the_graph_leaves_the_same_lock_as_dvc_repro(toy, tmp_path_factory):
     twin = tmp_path_factory.mktemp("twin") / "toy"
     shutil.copytree(toy, twin)
