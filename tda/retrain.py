@@ -4,6 +4,7 @@ For a seed the three models have the same initial weights, the same number of st
 same order.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,18 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     targets = load_documents(workspace.targets, half="verdict")
     heldout = load_documents(workspace.heldout)
     vocabulary = tokenizer_size(workspace)
-    device, frozen = device_of(config.compute), read_json(workspace.training, stage="train").get("frozen", [])
+    device, training = device_of(config.compute), read_json(workspace.training, stage="train")
     adapter = adapter_in(workspace.checkpoint(0) / "model")
     if adapter is not None and adapter_in(config.train.model) is not None:
         adapter = None  # training starts from the one that is there, not from a new one
-    work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
+    depends_on = [
+        config.train.model_dump_json(),
+        json.dumps(training),
+        weights.tobytes().hex(),
+        targets.digest(),
+        heldout.digest(),
+    ]
+    work = workspace.work / "retraining" / documents.digest(*depends_on)
 
     def one(run: tuple[int, str]) -> Path:
         seed, arm = run
@@ -60,7 +68,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
             model = initial_model(recipe, vocabulary=vocabulary, context=config.prepare.context, seed=seed, adapter=adapter).to(
                 device
             )
-            freeze(model, frozen)
+            freeze(model, training.get("frozen", []))
             steps = schedule(documents, recipe, seed=seed, lengths=stage_lengths(documents, recipe), keep=held > 0)
             losses: list[float] = []
             train(

@@ -399,6 +399,20 @@ def test_a_run_that_diverges_says_so(tmp_path):
     assert not workspace.training.exists()
 
 
+def test_a_killed_retraining_goes_on_only_with_models_that_were_measured_on_these_targets(toy, monkeypatch):
+    config, workspace = toy
+    run_stages(config, workspace, "curation")
+    monkeypatch.setattr("tda.retrain.remove", lambda path: None)  # a kill leaves what is finished
+    run_stages(config, workspace, "retraining")
+    before = pl.read_parquet(workspace.retraining)
+    targets = pl.read_parquet(workspace.targets)
+    write_table(workspace.targets, targets.with_columns(half=targets["half"].replace({"score": "verdict", "verdict": "score"})))
+    run_stages(config, workspace, "retraining")
+    after = pl.read_parquet(workspace.retraining)
+    assert after["train_loss"].equals(before["train_loss"])
+    assert (after["target_loss"] != before["target_loss"]).all()
+
+
 def test_an_adopted_decision_of_other_documents_is_refused(toy):
     config, workspace = toy
     run_stages(config, workspace, "curation")
