@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tda.adapters import settle
 from tda.artifacts import Workspace, whole, write_json, write_table
-from tda.checkpoints import architecture_digest, check_fits
+from tda.checkpoints import architecture_digest, check_fits, start_facts
 from tda.config import Train
 from tda.data import Documents
 from tda.model import freeze, load_model, num_parameters, num_trained_parameters, trained_parameters
@@ -89,7 +89,8 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             "weight_decay": optimizer.get("weight_decay", recipe.weight_decay),
             "first_loss": losses[min(losses)] if losses else None,
             "final_loss": losses[max(losses)] if losses else None,
-        },
+        }
+        | start_facts(recipe.model),
     )
 
 

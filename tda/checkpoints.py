@@ -14,6 +14,7 @@ from tda.model import Layer, freeze, layer_matrix, linear_modules, load_model
 from tda.preconditioner import adam_preconditioner
 
 HASH_BLOCK = 1 << 24  # bytes
+MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
 AHEAD = 1e-4  # of the logits: rounding in float32 changes less, attention to what comes more
 
 
@@ -25,9 +26,22 @@ def architecture_digest(model: nn.Module) -> str:
 
 def weights_digest(folder: Path) -> str:
     """A digest of the weights at which the checkpoint in `folder` is attributed."""
-    digest = xxhash.xxh3_128()
     mean = folder / MEAN_FILE
-    for path in [mean] if mean.exists() else sorted((folder / "model").glob("*.safetensors")):
+    return _digest([mean] if mean.exists() else sorted((folder / "model").glob("*.safetensors")))
+
+
+def start_facts(model: str) -> dict[str, str]:
+    """What `train.json` says of the weights in the folder `train.model`, on which later stages depend too; of no folder nothing.
+
+    An adapter's checkpoints are put on them, and retraining starts from them.
+    """
+    files = sorted(path for kind in MODEL_FILES for path in Path(model).glob(kind))
+    return {"start_digest": _digest(files)} if files else {}
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = xxhash.xxh3_128()
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)

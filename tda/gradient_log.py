@@ -13,7 +13,8 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tda.artifacts import MEAN_FILE, Workspace, damaged
+from tda.adapters import CONFIG_FILE
+from tda.artifacts import MEAN_FILE, Workspace, damaged, read_json
 from tda.checkpoints import load_checkpoint, weights_digest
 from tda.config import Config
 from tda.data import Documents, batch_plan
@@ -43,21 +44,25 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
 
     A checkpoint whose weights are damaged is refused (ValueError).
     """
-    _check_weights(workspace.checkpoint(checkpoint))
+    folder = workspace.checkpoint(checkpoint)
+    _check_weights(folder)
+    base = read_json(workspace.training, stage="train").get("start_digest") if (folder / "model" / CONFIG_FILE).exists() else None
     digest = xxhash.xxh3_128()
     for name, projection in projections.items():
         digest.update(name.encode())
         digest.update(projection.P_i.cpu().numpy().tobytes())
         digest.update(projection.P_o.cpu().numpy().tobytes())
     return {
-        "weights": weights_digest(workspace.checkpoint(checkpoint)),
+        "weights": weights_digest(folder),
         "projection": digest.hexdigest(),
         "projection_kind": config.gradients.projection,
         "rank": config.gradients.rank,
         "dtype": config.gradients.dtype,
         "loss": "summed over the document's predicted tokens",
         "layers": list(projections),
-    } | ({} if config.gradients.precision == "float32" else {"precision": config.gradients.precision})
+        **({"base": base} if base else {}),
+        **({} if config.gradients.precision == "float32" else {"precision": config.gradients.precision}),
+    }
 
 
 def _check_weights(folder: Path) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tda.adapters import attach, lora
 from tda.artifacts import Workspace, damaged, existing, remove, whole, write_json, write_table
-from tda.checkpoints import architecture_digest, check_fits
+from tda.checkpoints import architecture_digest, check_fits, start_facts
 from tda.config import Train
 from tda.data import Documents
 from tda.means import RunningMean
@@ -73,7 +73,8 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends)
     optimizer = make_optimizer(model, recipe)
 
-    work = workspace.work / "train" / documents.digest(recipe.model_dump_json())
+    start = start_facts(recipe.model)
+    work = workspace.work / "train" / documents.digest(recipe.model_dump_json(), *start.values())
     done, before = _resume(work, model, optimizer, num_checkpoints=len(at))
     taken: list[Taken] = []
     mean = RunningMean(model) if recipe.attribute_at == "mean" else None
@@ -122,7 +123,8 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
             "weight_decay": recipe.weight_decay,
             "first_loss": trajectory["loss"][0],
             "final_loss": trajectory["loss"].tail(20).mean(),
-        },
+        }
+        | start,
     )
     remove(work)
 

@@ -18,6 +18,7 @@ from tda.attribute import attribute
 from tda.checkpoints import load_checkpoint, optimizer_state
 from tda.config import Config
 from tda.data import load_documents
+from tda.gradient_log import row_identity
 from tda.means import RunningMean
 from tda.model import load_model, moving_state, tracked_layers, trained_parameters
 from tda.task import CausalLM
@@ -172,6 +173,17 @@ def test_a_trainers_adapters_are_taken_over(tmp_path):
     scores = pl.read_parquet(run.workspace.scores)
     assert scores["score_source"].std() > 0
     assert scores["score_averaged_influence"].std() > 0
+
+    # A base that changes where it is changes what every later stage depends on, and no row of before is taken for one of now.
+    identity = row_identity(run.config, run.workspace, 3, {})
+    other = load_model(run.config.train.model)
+    other.model.norm.weight.data *= 2
+    other.save_pretrained(run.config.train.model)
+    run_stages(run.config, run.workspace, "train")
+    changed = {key for key, value in read_json(run.workspace.training, stage="train").items() if training[key] != value}
+    assert changed == {"start_digest"}
+    after = row_identity(run.config, run.workspace, 3, {})
+    assert {key for key in after if after[key] != identity[key]} == {"base"}
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
