@@ -129,9 +129,19 @@ def _refuse(date: str, scored: pl.DataFrame) -> None:
 
 
 def read_history(workspace: Workspace) -> list[dict]:
-    """A line per finished audit, the oldest first."""
+    """A line per finished audit, the oldest first.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     path = _history_path(workspace)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; expected an object in each line, as audits write them; remove what is damaged, or "
+            "the file, to begin a new history"
+        ) from error
 
 
 def previous_audit(workspace: Workspace) -> dict | None:

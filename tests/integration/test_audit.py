@@ -113,6 +113,14 @@ def test_audits_of_one_date_are_kept_apart_and_the_history_grows(fake):
     assert json_at(fake.workspace.audits / names[2] / "audit.json")["previous"] == names[1]
 
 
+def test_a_damaged_history_is_named(fake):
+    run(fake, scored_documents(fake))
+    path = fake.workspace.audits / "history.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"history\.jsonl cannot be read: Unterminated.*; expected an object in each line"):
+        run(fake, scored_documents(fake))
+
+
 def test_an_audit_that_died_before_its_history_is_not_compared_with(fake):
     run(fake, scored_documents(fake))
     (fake.workspace.audits / "2026-01-31").mkdir()
