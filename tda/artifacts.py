@@ -314,7 +314,7 @@ def damaged(path: Path, error: Exception, *, stage: str) -> str:
     """What to say of a file that cannot be read, and which `stage` makes."""
     return (
         f"{path} cannot be read: {str(error).splitlines()[0]}; expected the whole file that stage {stage} wrote; run "
-        f"`dvc checkout {path}`, or `dvc repro --force {stage}`"
+        f"`dvc checkout --force {path}`, or `dvc repro --force {stage}`"
     )
 
 

@@ -147,7 +147,7 @@ def test_a_truncated_file_is_named_with_the_stage_that_makes_it(toy, file, stage
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     maker = {"documents": "prepare", "exposure": "segments", "segments": "segments", "curvature": "curvature"}.get(file, "train")
     maker = "gradients@1" if file == "gradients" else maker
-    message = rf"{path.name} cannot be read: .*; expected the whole file that stage {maker} wrote; run `dvc checkout"
+    message = rf"{path.name} cannot be read: .*; expected .* that stage {maker} wrote; run `dvc checkout --force"
     with pytest.raises(ValueError, match=message):
         run_stages(config, workspace, stage)
 
@@ -167,9 +167,7 @@ def test_a_file_of_another_form_is_named_with_the_stage_that_makes_it(toy, file,
     maker = {"training": "train", "gradients": "gradients@0", "verdict": "evaluation"}.get(file, file)
     for content, wrong in (("{}", f"it has no {lacks}"), ("[1]", "it is no object but list")):
         path.write_text(content)
-        message = (
-            rf"^[^']*{path.name} cannot be read: {wrong}; expected the whole file that stage {maker} wrote; run `dvc checkout"
-        )
+        message = rf"^[^']*{path.name} cannot be read: {wrong}; expected .* that stage {maker} wrote; run `dvc checkout --force"
         with pytest.raises(ValueError, match=message):
             run_stages(config, workspace, stage)
 
@@ -321,7 +319,9 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named_with_its_stage(toy, sta
     config, workspace = toy
     path = workspace.tokenizer / "tokenizer.json"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"prepare/tokenizer cannot be read: .* that stage prepare wrote; run `dvc checkout"):
+    with pytest.raises(
+        ValueError, match=r"prepare/tokenizer cannot be read: .* that stage prepare wrote; run `dvc checkout --force"
+    ):
         run_stages(config, workspace, stage)
     shutil.rmtree(workspace.tokenizer)
     with pytest.raises(FileNotFoundError, match=r"prepare/tokenizer/tokenizer.json is missing; stage prepare makes it"):
@@ -376,7 +376,7 @@ def test_a_question_to_a_checkpoint_that_is_overwritten_is_refused(toy):
     config, workspace = toy
     (workspace.checkpoint(1) / "mean.safetensors").write_bytes(b"garbage" * 1000)
     with pytest.raises(
-        ValueError, match=r"checkpoints/1/mean\.safetensors cannot be read: .* stage train wrote; run `dvc checkout"
+        ValueError, match=r"checkpoints/1/mean\.safetensors cannot be read: .* stage train wrote; run `dvc checkout --force"
     ):
         answer("The boat meets the tide.", config=config, workspace=workspace)
 
