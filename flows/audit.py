@@ -1,6 +1,6 @@
 """The flow `audit`: scores against the target set with the existing checkpoints, no retraining; fails when a limit is passed."""
 
-from flows.shell import supervise
+from flows.shell import exit_code, supervise
 
 if __name__ == "__main__":
     supervise("flows.audit")
@@ -73,4 +73,4 @@ def _end(process: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    audit()
+    sys.exit(exit_code("flows.audit", audit(return_state=True)))

@@ -3,11 +3,13 @@
 `python -m flows.curate` runs it on Prefect's embedded server; `prefect deployment run curate/llm` on a real one.
 """
 
-from flows.shell import supervise
+from flows.shell import exit_code, supervise
 
 if __name__ == "__main__":
     supervise("flows.curate")
 
+import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -150,5 +152,14 @@ def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
+def _settings(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(values := json.loads(text), dict):
+            return values
+    raise argparse.ArgumentTypeError(f'expected keys and values such as {{"curation.drop": 0.1}}; got {text}')
+
+
 if __name__ == "__main__":
-    curate(params=json.loads(sys.argv[1]) if len(sys.argv) > 1 else None)
+    parser = argparse.ArgumentParser(prog="python -m flows.curate", description=curate.description)
+    parser.add_argument("params", metavar="JSON", nargs="?", type=_settings, help="keys of params.yaml to set for good")
+    sys.exit(exit_code("flows.curate", curate(params=parser.parse_args().params, return_state=True)))

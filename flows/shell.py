@@ -5,9 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 from flows.lifeline import GRACE_SECONDS, end_with
-from tda.cli import INTERRUPTED, TERMINATED
+from tda.cli import FAILED, INTERRUPTED, OK, TERMINATED
+
+if TYPE_CHECKING:
+    from prefect.states import State
 
 STOP_SECONDS = GRACE_SECONDS + 5  # for the stages, and for Prefect to note it; then the flow is killed
 LAST_WATCH = 'read -r _; kill -s KILL -- "-$0"'  # the read ends when nobody holds the pipe's other end any more
@@ -41,6 +45,14 @@ def supervise(name: str) -> None:
     os.close(held)
     watch.wait()
     sys.exit(code)
+
+
+def exit_code(name: str, state: "State") -> int:
+    """0 of a flow that ended well; else what went wrong is said in one line, below Prefect's log of it."""
+    if state.is_completed():
+        return OK
+    print(f"{name}: {state.result(raise_on_failure=False)}", file=sys.stderr)
+    return FAILED
 
 
 def _leave(number: int, frame: object) -> None:

@@ -375,3 +375,14 @@ def test_the_flow_runs_on_the_embedded_server_too(server, toy, tmp_path):
     assert "Finished in state Completed" in alone.run(toy, "python", "-m", "flows.curate").stdout
     assert "up to date" in alone.run(toy, "dvc", "status").stdout
     wait_until(lambda: not processes_of(home), seconds=30)
+
+
+def test_a_flow_in_a_shell_that_fails_says_why_in_one_line(server, toy, tmp_path):
+    alone = embedded(server, tmp_path / "prefect")
+    wrong = alone.run(toy, "python", "-m", "flows.curate", '{"curation.drip": 1}', check=False)
+    assert wrong.returncode == 1
+    assert "\nflows.curate: params.yaml with curation.drip: unknown key curation.drip; known here: " in wrong.stdout
+    assert "runpy" not in wrong.stdout
+    wrong = alone.run(toy, "python", "-m", "flows.curate", "curation.drop=0.1", check=False)
+    assert wrong.returncode == 2
+    assert 'expected keys and values such as {"curation.drop": 0.1}; got curation.drop=0.1' in wrong.stdout
