@@ -63,7 +63,7 @@ def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
     """(query, row) scores from the responses."""
     (segment,) = place.segments
     received = place.exposure / segment.tokens_per_document
-    return (received * place.dot(segment, 0, response)).T
+    return (received * place.dot(0, response)).T
 
 
 def around(steps: Sequence[int], end: float) -> list[int]:

@@ -136,6 +136,11 @@ class Fitted:
         """The model at a checkpoint; -1 is the last one."""
         return self.run.at(checkpoint, mean=self.settings.weights == "mean")
 
+    @property
+    def final(self) -> int:
+        """The index of the last checkpoint."""
+        return len(self.run.checkpoints) - 1
+
     @cached_property
     def rates(self) -> np.ndarray:
         """(step,) effective learning rates."""
@@ -186,7 +191,7 @@ class Fitted:
         for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
             yield self._batch(rows)
 
-    def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
+    def dot(self, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
         model = self.model(checkpoint)
         dots = np.zeros((len(self.train), len(next(iter(queries.values())))))

@@ -33,13 +33,13 @@ Method = Callable[[Fitted], np.ndarray]
 
 def gradient_dot(run: Fitted) -> np.ndarray:
     """Dot products of gradients at the last checkpoint (Charpiat et al. 2019)."""
-    return run.dot(run.segments[-1], len(run.run.checkpoints) - 1, run.query_gradients).T
+    return run.dot(run.final, run.query_gradients).T
 
 
 def gradient_cosine(run: Fitted) -> np.ndarray:
     """Cosines of gradients at the last checkpoint (Hanawa et al. 2021): blind to how long a gradient is."""
     query = torch.cat([run.query_gradients[layer.name].flatten(1) for layer in run.layers], dim=1)
-    return cosines(gradient_dot(run).T, run.norms(len(run.run.checkpoints) - 1), query).T
+    return cosines(gradient_dot(run).T, run.norms(run.final), query).T
 
 
 def tracin(run: Fitted) -> np.ndarray:
@@ -51,16 +51,16 @@ def tracin(run: Fitted) -> np.ndarray:
     for segment in run.segments:
         received = segment.time * run.exposure[:, segment.index] / (len(segment.checkpoints) * segment.tokens_per_document)
         for checkpoint in segment.checkpoints:
-            total = total + received[:, None] * run.dot(segment, checkpoint, run.query_gradients_at(checkpoint))
+            total = total + received[:, None] * run.dot(checkpoint, run.query_gradients_at(checkpoint))
     return np.asarray(total).T
 
 
 def ekfac_influence(run: Fitted) -> np.ndarray:
     """EK-FAC influence functions at the last checkpoint (Grosse et al. 2023, arXiv 2308.03296)."""
-    last, final = run.segments[-1], len(run.run.checkpoints) - 1
-    factors = run.segment_factors(last, [final])
+    last = run.segments[-1]
+    factors = run.segment_factors(last, [run.final])
     conditioned = precondition(run.query_gradients, factors.plain, damping=run.settings.damping)
-    return run.dot(last, final, conditioned).T / (len(run.train) * last.tokens_per_document)
+    return run.dot(run.final, conditioned).T / (len(run.train) * last.tokens_per_document)
 
 
 def source(run: Fitted) -> np.ndarray:
@@ -104,12 +104,12 @@ def cg(run: Fitted) -> np.ndarray:
 
     The damping of the solvers is `1/(eta_bar K)`, what training's end implies (see `_solved_influence`).
     """
-    return _solved_influence(run, _by_cg(run, run.product(run.segments[-1], [_final(run)])))
+    return _solved_influence(run, _by_cg(run, run.product(run.segments[-1], [run.final])))
 
 
 def lissa(run: Fitted) -> np.ndarray:
     """Influence functions by LiSSA (Agarwal et al. 2017, arXiv 1602.03943; Koh and Liang 2017, arXiv 1703.04730)."""
-    products, product = run.stochastic_products(run.segments[-1], _final(run)), run.product(run.segments[-1], [_final(run)])
+    products, product = run.stochastic_products(run.segments[-1], run.final), run.product(run.segments[-1], [run.final])
 
     def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(run.settings.seed)
@@ -126,7 +126,7 @@ def lissa(run: Fitted) -> np.ndarray:
 
 def astra(run: Fitted) -> np.ndarray:
     """ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from EK-FAC's answer."""
-    products = run.stochastic_products(run.segments[-1], _final(run))
+    products = run.stochastic_products(run.segments[-1], run.final)
 
     def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
         return descend(
@@ -148,10 +148,6 @@ POWER_ITERATIONS = 20
 LISSA_MARGIN = 2.0  # the largest eigenvalue of a few rows is larger than that of many, and power iteration finds it from below
 
 
-def _final(run: Fitted) -> int:
-    return len(run.run.checkpoints) - 1
-
-
 def _by_cg(run: Fitted, product: Product) -> Solver:
     iterations = run.settings.iterations or CG_ITERATIONS
     return lambda curvature, b: conjugate_gradients(
@@ -165,13 +161,13 @@ def _solved_influence(run: Fitted, solver: Solver) -> np.ndarray:
     Damped by one number for all layers; if none is set, by the mean of SOURCE's 1/(eta_bar K), weighted by steps, as ASTRA is.
     """
     last = run.segments[-1]
-    factors = run.segment_factors(last, [_final(run)]).plain
+    factors = run.segment_factors(last, [run.final]).plain
     implied = np.average([1 / segment.time for segment in run.segments], weights=[segment.num_steps for segment in run.segments])
     damping = dict.fromkeys(factors, run.settings.solver_damping or float(implied))
     seen = {name: plain(held) for name, held in factors.items()}
     curvature = DampedCurvature.of(run.layers, seen, damping, device=run.device)
     response = respond(run.query_gradients, curvature, solver, queries_at_once=run.queries_at_once)
-    return run.dot(last, _final(run), response).T / (len(run.train) * last.tokens_per_document)
+    return run.dot(run.final, response).T / (len(run.train) * last.tokens_per_document)
 
 
 def trak(run: Fitted) -> np.ndarray:

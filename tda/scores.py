@@ -14,9 +14,9 @@ from tda.segments import Segment
 from tda.source import Dynamics, Gradients, walk_back
 
 ENSEMBLE = "+"  # joins the names of methods whose scores are averaged
-Dot = Callable[[Segment, int, Gradients], np.ndarray]
-"""`dot(segment, checkpoint, response)`: (document, query) dot products of a response to queries, of whatever shape the segment's
-factors have, with the gradients of the documents' summed losses at one of the segment's checkpoints."""
+Dot = Callable[[int, Gradients], np.ndarray]
+"""`dot(checkpoint, response)`: (document, query) dot products of the queries' responses with the gradients of the documents'
+summed losses at a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def source_values(
         segment = segments[segment_dynamics.index]
         received = received_per_checkpoint(segment, exposure)[:, None]
         for checkpoint in segment.checkpoints:
-            values = values + received * dot(segment, checkpoint, response)
+            values = values + received * dot(checkpoint, response)
     return np.asarray(values).T
 
 
