@@ -30,18 +30,18 @@ WINDOW = 1 / 3  # of the run, around the counterfactual's end
 BLOCK_VALUES = 2**26  # numbers of the queries that are solved together: about a dozen times as many are held
 
 
-def averaged_influence_scores(run: Fitted) -> np.ndarray:
+def averaged_influence_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's mean cost when the row is left out of training."""
-    steps = [checkpoint.step for checkpoint in run.run.checkpoints]
-    place = at_mean_of(run, around(steps, run.settings.counterfactual_end))
+    steps = [checkpoint.step for checkpoint in fitted.run.checkpoints]
+    place = at_mean_of(fitted, around(steps, fitted.settings.counterfactual_end))
     return rows_under(place, averaged_response(place, place.query_gradients))
 
 
-def at_mean_of(run: Fitted, checkpoints: Sequence[int]) -> Fitted:
+def at_mean_of(fitted: Fitted, checkpoints: Sequence[int]) -> Fitted:
     """The run as one segment, seen at the mean weights of the stretches of training that end at these checkpoints, by index."""
-    num_rows = math.ceil(run.settings.solver_terms / run.train.num_loss_tokens.mean())
-    settings = replace(run.settings, num_segments=1, solver_examples=num_rows)
-    return Fitted(at_mean(run.run, checkpoints), run.task, run.train, run.queries, settings)
+    num_rows = math.ceil(fitted.settings.solver_terms / fitted.train.num_loss_tokens.mean())
+    settings = replace(fitted.settings, num_segments=1, solver_examples=num_rows)
+    return Fitted(at_mean(fitted.run, checkpoints), fitted.task, fitted.train, fitted.queries, settings)
 
 
 def averaged_response(place: Fitted, query: Gradients) -> Gradients:

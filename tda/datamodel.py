@@ -32,23 +32,24 @@ SPREADS = np.geomspace(1e-3, 1e2, 31)  # of the prior in a pair's difference, in
 DEVIATIONS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a query's slope from that of all, in the same unit
 
 
-def retrain_on_halves(run: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float[np.ndarray, "pair query"]]:
+def retrain_on_halves(fitted: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float[np.ndarray, "pair query"]]:
     """The signs of `half_signs`, and half of what the queries' costs differ by when trained on the half and on the other rows.
 
     Raises:
         ValueError: there are fewer than two rows or retrainings, or a retraining's costs are not finite.
     """
-    num_pairs = run.settings.retrainings // 2
-    if num_pairs < 1 or len(run.train) < 2:
+    num_pairs = fitted.settings.retrainings // 2
+    if num_pairs < 1 or len(fitted.train) < 2:
         raise ValueError(
-            f"datamodel: {run.settings.retrainings} retrainings on halves of {len(run.train)} rows; expected at least 2 of each"
+            f"datamodel: {fitted.settings.retrainings} retrainings on halves of {len(fitted.train)} rows; expected at least 2 of "
+            "each"
         )
-    signs = half_signs(len(run.train), num_pairs, seed=run.settings.seed)
-    seeds = np.random.SeedSequence(run.settings.seed).generate_state(num_pairs)
+    signs = half_signs(len(fitted.train), num_pairs, seed=fitted.settings.seed)
+    seeds = np.random.SeedSequence(fitted.settings.seed).generate_state(num_pairs)
     trainings = [
         (np.flatnonzero(half), int(seed)) for pair, seed in zip(signs, seeds, strict=True) for half in (pair > 0, pair < 0)
     ]
-    costs = np.stack([query_costs(model, run.task, run.queries) for model in run.retrained(trainings)])
+    costs = np.stack([query_costs(model, fitted.task, fitted.queries) for model in fitted.retrained(trainings)])
     if not np.isfinite(costs).all():
         raise ValueError(
             f"datamodel: {int((~np.isfinite(costs)).any(axis=1).sum())} of {len(costs)} retrainings give costs that are not "

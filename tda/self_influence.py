@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 64  # full gradients of as many rows are held
 METHODS_BY_BLOCK = ("gradient_dot", "tracin", "ekfac_influence", "source")  # what they say of a row needs no other row's gradient
 
 
-def self_scores(method: str, run: Fitted) -> np.ndarray:
+def self_scores(method: str, fitted: Fitted) -> np.ndarray:
     """(row,) the score by `method` of every training row for itself.
 
     Rows are taken a block at a time as the queries, against the gradients of the same block alone.
@@ -24,11 +24,11 @@ def self_scores(method: str, run: Fitted) -> np.ndarray:
     """
     if method not in METHODS_BY_BLOCK:
         raise ValueError(f"self-influence: not known of {method}; known of {', '.join(METHODS_BY_BLOCK)}")
-    factors = functools.cache(lambda index, checkpoints: run.segment_factors(run.segments[index], list(checkpoints)))
-    values = np.empty(len(run.train))
-    for start in range(0, len(run.train), ROWS_AT_ONCE):
-        rows = range(start, min(start + ROWS_AT_ONCE, len(run.train)))
-        values[rows] = np.diagonal(METHODS[method](_Block(run, rows, factors))[:, rows])
+    factors = functools.cache(lambda index, checkpoints: fitted.segment_factors(fitted.segments[index], list(checkpoints)))
+    values = np.empty(len(fitted.train))
+    for start in range(0, len(fitted.train), ROWS_AT_ONCE):
+        rows = range(start, min(start + ROWS_AT_ONCE, len(fitted.train)))
+        values[rows] = np.diagonal(METHODS[method](_Block(fitted, rows, factors))[:, rows])
     return values
 
 

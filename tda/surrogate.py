@@ -33,20 +33,20 @@ HALVES = 2  # of every split
 QUERIES_AT_ONCE = 512
 
 
-def surrogate_scores(run: Fitted) -> np.ndarray:
+def surrogate_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
         ValueError: the task is neither classification nor regression, there are fewer than four rows, or more than memory takes.
     """
-    train, queries, task = run.train, run.queries, run.task
+    train, queries, task = fitted.train, fitted.queries, fitted.task
     if not isinstance(task, (Classification, Regression)) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
         raise ValueError(
             f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {len(train)} "
             "rows; use source, which takes every task"
         )
-    num_outputs = task.outputs(run.model(-1), train.batch([0])).shape[1]
-    needed, free = memory_needed(run, num_outputs), free_memory()
+    num_outputs = task.outputs(fitted.model(-1), train.batch([0])).shape[1]
+    needed, free = memory_needed(fitted, num_outputs), free_memory()
     if needed > free:
         raise ValueError(
             f"surrogate: {len(train)} rows, {len(queries)} queries and {num_outputs} outputs need about {needed / 2**30:.1f} GiB "
@@ -54,41 +54,46 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
             "rows"
         )
     machine = SoftmaxMachine(num_outputs) if isinstance(task, Classification) else SquaresMachine()
-    implied = 2 / float(run.rates.sum()) + run.run.optimizer.weight_decay
+    implied = 2 / float(fitted.rates.sum()) + fitted.run.optimizer.weight_decay
     return retrained_effects(
-        path_kernel(run),
+        path_kernel(fitted),
         train,
         queries,
         task=task,
         machine=machine,
-        ridge=(run.settings.ridge_scale or machine.ridge_scale) * implied,
-        splits=run.settings.splits or machine.splits,
-        seed=run.settings.seed,
+        ridge=(fitted.settings.ridge_scale or machine.ridge_scale) * implied,
+        splits=fitted.settings.splits or machine.splits,
+        seed=fitted.settings.seed,
     )
 
 
-def memory_needed(run: Fitted, num_outputs: int) -> int:
+def memory_needed(fitted: Fitted, num_outputs: int) -> int:
     """Bytes, nearly: kernels of all points, what layers take in and give back, a classifier's matrix per class of a half."""
-    points, half = len(run.train) + len(run.queries), len(run.train) // HALVES
-    kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in run.layers)
-    matrices = num_outputs + 3 if isinstance(run.task, Classification) else 3
-    return next(run.run.model.parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
+    points, half = len(fitted.train) + len(fitted.queries), len(fitted.train) // HALVES
+    kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in fitted.layers)
+    matrices = num_outputs + 3 if isinstance(fitted.task, Classification) else 3
+    return next(fitted.run.model.parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
 
 
-def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
+def path_kernel(fitted: Fitted) -> Float[Tensor, "point point"]:
     """The tangent kernel of rows, then queries, averaged up to the counterfactual's end.
 
     Each stretch of training is seen at the checkpoint that it ends at, through the optimizer's preconditioner there, and counts
     by its learning rate.
     """
-    points = Examples(torch.cat([run.train.x, run.queries.x]), torch.cat([run.train.y, run.queries.y]))
-    steps = [0, *(checkpoint.step for checkpoint in run.run.checkpoints)]
-    last = max(1, sum(step <= run.settings.counterfactual_end * steps[-1] for step in steps[1:]))
-    times = [float(run.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
+    points = Examples(torch.cat([fitted.train.x, fitted.queries.x]), torch.cat([fitted.train.y, fitted.queries.y]))
+    steps = [0, *(checkpoint.step for checkpoint in fitted.run.checkpoints)]
+    last = max(1, sum(step <= fitted.settings.counterfactual_end * steps[-1] for step in steps[1:]))
+    times = [float(fitted.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
     K: Tensor | float = 0.0
     for index, time in enumerate(times):
         here, _outputs = tangent_kernel(
-            run.model(index), run.layers, points, task=run.task, batch_size=run.batch_size, roots=_roots(run, index)
+            fitted.model(index),
+            fitted.layers,
+            points,
+            task=fitted.task,
+            batch_size=fitted.batch_size,
+            roots=_roots(fitted, index),
         )
         K = K + time / sum(times) * here
     if not torch.as_tensor(K).isfinite().all():
@@ -99,10 +104,10 @@ def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
     return K
 
 
-def _roots(run: Fitted, index: int) -> dict[str, Roots] | None:
-    if run.run.optimizer.kind != "adamw" or run.settings.adam == "none":
+def _roots(fitted: Fitted, index: int) -> dict[str, Roots] | None:
+    if fitted.run.optimizer.kind != "adamw" or fitted.settings.adam == "none":
         return None
-    return {name: rank_one_roots(v.to(run.device)) for name, v in run.second_moments(index).items()}
+    return {name: rank_one_roots(v.to(fitted.device)) for name, v in fitted.second_moments(index).items()}
 
 
 def retrained_effects(
