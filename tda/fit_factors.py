@@ -252,7 +252,7 @@ def _fit_scaled(
     basis = scaled_eigenbasis(sums, layers)
     rotations = basis_like(at_least_float32(passes.model.like), basis)  # once for all parts of the data
     counted, Lambda = passes.over(scale(rotations), add, f"scaled eigenvalues{name}", salt=4)
-    return _factors(basis, Lambda, weight=weight / counted.num_tokens)
+    return _factors(basis, Lambda, weight=weight / counted.count)
 
 
 Squares = tuple[dict[str, Tensor], int]  # sums over documents, by layer, and the number of documents

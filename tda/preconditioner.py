@@ -125,7 +125,7 @@ def scaled_factors(
     outer products any more, so each document's gradient is formed in full. If `into` is given, the sums are added to it.
     """
     sums, Lambda = (Covariances({}, {}, 0), {}) if into is None else into
-    A, S, num_documents = sums.A, sums.S, sums.num_tokens
+    A, S, num_documents = sums.A, sums.S, sums.count
     rotations = None if basis is None else basis_like(at_least_float32(next(model.parameters()).new_zeros(())), basis)
     batch: DocumentBatch | TensorBatch
 

@@ -114,12 +114,12 @@ def test_packed_documents_have_the_curvature_of_padded_ones(build, fill_to):
         nonlocal basis
         plain = covariances(model, layers, [batch], **given())
         projected = covariances(model, layers, [batch], projections=projections, **given())
-        basis = basis or eigenbasis(Covariances(dict(plain.A), dict(plain.S), plain.num_tokens), layers)  # which uses them up
+        basis = basis or eigenbasis(Covariances(dict(plain.A), dict(plain.S), plain.count), layers)  # which uses them up
         Lambda, count = corrected_eigenvalues(model, layers, [batch], basis=basis, **given())
         scaled, _ = scaled_factors(model, layers, [batch], root_P=root_P, basis=None, **given())
         _, scaled_Lambda = scaled_factors(model, layers, [batch], root_P=root_P, basis=basis, **given())
         numbers = [plain.A, plain.S, projected.A, projected.S, Lambda, scaled.A, scaled.S, scaled_Lambda]
-        return numbers, (plain.num_tokens, projected.num_tokens, count, scaled.num_tokens)
+        return numbers, (plain.count, projected.count, count, scaled.count)
 
     expected, counts = passes(documents.batch(ROWS))
     with within_documents(model):
