@@ -1,7 +1,7 @@
-"""Attribution methods, each a function of a fitted run that gives (query, row) scores: positive helps the query.
+"""The attribution methods. Each takes a fitted run and returns (query, row) scores; positive means that the row helps the query.
 
-Scores of SOURCE, influence functions, surrogate, datamodel and replay are the predicted rise of the query's mean cost per term
-when the row is left out of training; those of the others have no unit. `a+b` names the ensemble of two methods, or of more.
+SOURCE, influence functions, surrogate, datamodel and replay predict how much the query's mean cost per term would rise if the row
+were left out of training. The scores of the other methods have no unit. `a+b` names the ensemble of two or more methods.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from tda.source import SegmentDynamics
 from tda.surrogate import surrogate_scores
 from tda.task import Classification, Regression, Task
 from tda.trajectory import averaged
-from tda.trak import Sketch, features, trak_scores
+from tda.trak import CountSketch, features, trak_scores
 
 Method = Callable[[Fitted], np.ndarray]
 
@@ -37,7 +37,7 @@ def gradient_dot(fitted: Fitted) -> np.ndarray:
 
 
 def gradient_cosine(fitted: Fitted) -> np.ndarray:
-    """Cosines of gradients at the last checkpoint (Hanawa et al. 2021): blind to how long a gradient is."""
+    """Cosines of gradients at the last checkpoint (Hanawa et al. 2021); a gradient's length does not count."""
     query = torch.cat([fitted.query_gradients[layer.name].flatten(1) for layer in fitted.layers], dim=1)
     return cosines(gradient_dot(fitted).T, fitted.norms(fitted.final), query).T
 
@@ -45,7 +45,7 @@ def gradient_cosine(fitted: Fitted) -> np.ndarray:
 def tracin(fitted: Fitted) -> np.ndarray:
     """TracInCP (Pruthi et al. 2020, equation 3): dot products at every checkpoint, weighted by the learning rate that followed.
 
-    A row counts by the share of each segment's learning rate that went through it.
+    A row is weighted by the share of each segment's learning rate that it received.
     """
     total: np.ndarray | float = 0.0
     for segment in fitted.segments:
@@ -69,7 +69,7 @@ def source(fitted: Fitted) -> np.ndarray:
 
 
 def fast_source(fitted: Fitted) -> np.ndarray:
-    """FAST-SOURCE (Bae et al. 2024): factors and gradients of each segment are those of the average of its checkpoints."""
+    """FAST-SOURCE (Bae et al. 2024): factors and gradients once per segment, at the mean of its checkpoints' weights."""
     average = averaged(fitted.run, [segment.checkpoints for segment in fitted.segments])
     fast = Fitted(average, fitted.task, fitted.train, fitted.queries, fitted.settings)
     return source_values(fitted.query_gradients, fast.dynamics, fast.segments, exposure=fast.exposure, dot=fast.dot)
@@ -79,7 +79,7 @@ def source_cg(fitted: Fitted) -> np.ndarray:
     """SOURCE with each segment's response solved by conjugate gradients for all layers together (ASTRA-SOURCE, arXiv 2507.14740).
 
     Raises:
-        ValueError: AdamW's preconditioner enters by the diagonal form, which has no symmetric matrix to solve with.
+        ValueError: the setting `adam` is diagonal, a form without a symmetric matrix to solve with.
     """
     if any(isinstance(held, DiagonalCurvature) for segment in fitted.dynamics for held in segment.curvature.values()):
         raise ValueError(
@@ -102,7 +102,7 @@ def source_cg(fitted: Fitted) -> np.ndarray:
 def cg(fitted: Fitted) -> np.ndarray:
     """Influence functions by conjugate gradients on the Gauss-Newton matrix (Martens 2010), preconditioned with EK-FAC.
 
-    The damping of the solvers is `1/(eta_bar K)`, what training's end implies (see `_solved_influence`).
+    `_solved_influence` says how it is damped.
     """
     return _solved_influence(fitted, _by_cg(fitted, fitted.product(fitted.segments[-1], [fitted.final])))
 
@@ -126,7 +126,7 @@ def lissa(fitted: Fitted) -> np.ndarray:
 
 
 def astra(fitted: Fitted) -> np.ndarray:
-    """ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from EK-FAC's answer."""
+    """Influence functions by ASTRA (arXiv 2507.14740): stochastic iterations preconditioned with EK-FAC, from EK-FAC's answer."""
     products = fitted.stochastic_products(fitted.segments[-1], fitted.final)
 
     def solver(curvature: DampedCurvature, b: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def astra(fitted: Fitted) -> np.ndarray:
             b,
             precondition=curvature.approximate_inverse,
             iterations=fitted.settings.iterations or STOCHASTIC_ITERATIONS,
-            step_size=0.01,  # this and what follows: their settings
+            step_size=0.01,  # this and the next two: the paper's settings
             momentum=0.9,
             halve_every=50,
         )
@@ -146,7 +146,7 @@ def astra(fitted: Fitted) -> np.ndarray:
 CG_ITERATIONS = 20
 STOCHASTIC_ITERATIONS = 200
 POWER_ITERATIONS = 20
-LISSA_MARGIN = 2.0  # the largest eigenvalue of a few rows is larger than that of many, and power iteration finds it from below
+LISSA_MARGIN = 2.0  # a few rows have a larger eigenvalue than all rows, and power iteration approaches it from below
 
 
 def _by_cg(fitted: Fitted, product: Product) -> Solver:
@@ -157,9 +157,10 @@ def _by_cg(fitted: Fitted, product: Product) -> Solver:
 
 
 def _solved_influence(fitted: Fitted, solver: Solver) -> np.ndarray:
-    """Influence functions at the last checkpoint, EK-FAC's answer improved by a solver.
+    """Influence functions at the last checkpoint by `solver`, which starts from EK-FAC's answer.
 
-    Damped by one number for all layers; if none is set, by the mean of SOURCE's 1/(eta_bar K), weighted by steps, as ASTRA is.
+    All layers have one damping. By default it is what SOURCE implies, 1/(eta_bar K), averaged over segments by their steps (as in
+    ASTRA).
     """
     last = fitted.segments[-1]
     factors = fitted.segment_factors(last, [fitted.final]).plain
@@ -176,7 +177,7 @@ def _solved_influence(fitted: Fitted, solver: Solver) -> np.ndarray:
 def trak(fitted: Fitted) -> np.ndarray:
     """TRAK at the last checkpoint (Park et al. 2023, arXiv 2303.14186), on the tracked layers' gradients."""
     model, query = fitted.model(-1), pack(fitted.query_gradients, fitted.layers)
-    sketch = Sketch.draw(query.shape[1], size=fitted.settings.projection_size, seed=fitted.settings.seed, like=query)
+    sketch = CountSketch.draw(query.shape[1], size=fitted.settings.projection_size, seed=fitted.settings.seed, like=query)
     Phi, Q = query.new_zeros(len(fitted.train), sketch.size), query.new_zeros(len(fitted.train))
     for batch in fitted.batches():
         Phi[batch.rows], Q[batch.rows] = features(model, fitted.layers, batch, task=fitted.task, sketch=sketch)
@@ -184,7 +185,7 @@ def trak(fitted: Fitted) -> np.ndarray:
 
 
 def averaged_influence(fitted: Fitted) -> np.ndarray:
-    """Influence where the counterfactual training ends, at averaged weights, solved for all layers (`averaged_influence.py`)."""
+    """Influence functions at averaged weights where the counterfactual training ends, solved for all layers (see the module)."""
     return averaged_influence_scores(fitted)
 
 
@@ -194,22 +195,22 @@ def replay(fitted: Fitted) -> np.ndarray:
 
 
 def surrogate(fitted: Fitted) -> np.ndarray:
-    """Kernel machines in the run's own tangent space, retrained on random halves (`surrogate.py`)."""
+    """Kernel machines in the run's tangent kernel, refitted on random halves (`surrogate.py`)."""
     return surrogate_scores(fitted)
 
 
 def datamodel(fitted: Fitted) -> np.ndarray:
-    """Another method's scores corrected by real retrainings on random halves (Ilyas et al. 2022; `datamodel.py`)."""
+    """The scores of another method, corrected by real retrainings on random halves (Ilyas et al. 2022; `datamodel.py`)."""
     prior = named(prior_of(fitted.task, fitted.train, asked_for=fitted.settings.prior), where="attribute: prior")
     signs, differences = retrain_on_halves(fitted)
     return posterior(prior(fitted), signs, differences)
 
 
 def prior_of(task: Task, train: Data, *, asked_for: str = "") -> str:
-    """The method whose scores `datamodel` corrects: the one that is asked for, else the most accurate that takes the task.
+    """The method whose scores `datamodel` corrects: `asked_for`, or else the most accurate one for the task.
 
     Raises:
-        ValueError: it is asked to correct itself.
+        ValueError: `asked_for` is datamodel itself.
     """
     if "datamodel" in asked_for.split(ENSEMBLE):
         raise ValueError(f"attribute: prior: {asked_for!r}; expected another method, whose scores datamodel corrects")
@@ -223,7 +224,7 @@ def random(fitted: Fitted) -> np.ndarray:
 
 
 def bm25(fitted: Fitted) -> np.ndarray:
-    """BM25 of documents for each query, a token being a word.
+    """BM25 of documents for each query, with tokens as words.
 
     Raises:
         ValueError: the data are not documents.
@@ -255,10 +256,10 @@ METHODS: dict[str, Method] = {
 
 
 def named(name: str, *, where: str) -> Method:
-    """The method of that name; of several joined by +, their ensemble.
+    """The method `name`, or the ensemble of several joined by +.
 
     Raises:
-        ValueError: there is no such method; it begins with `where`, who asks.
+        ValueError: there is no such method. The message begins with `where`, the place that names it.
     """
     members = name.split(ENSEMBLE)
     for member in members:
