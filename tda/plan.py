@@ -26,7 +26,7 @@ from tda.segments import segment_ends
 from tda.store import BLOCK_BYTES, CHUNK_BYTES
 from tda.target_influence import ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS, groups_for
 from tda.text_table import text_table
-from tda.train import Step, checkpoint_steps, schedule, stage_lengths
+from tda.train import Step, checkpoint_steps, schedule, stage_ends, stage_lengths
 
 SOLVER_VECTORS = 7  # of an iteration, for every group of queries
 QUERY_COPIES = 4  # of a block of queries' gradients that scoring has in memory: themselves, and what became of them
@@ -135,10 +135,9 @@ def expected_run(config: Config, documents: Documents) -> ExpectedRun:
     recipe = config.train
     lengths = stage_lengths(documents, recipe)
     steps = schedule(documents, recipe, seed=recipe.seed, lengths=lengths)
-    stage_ends = [sum(lengths[: index + 1]) for index in range(len(lengths)) if lengths[index]]
-    at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends)
+    at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends(lengths))
     rates = np.array([step.learning_rate for step in steps])
-    ends = segment_ends(at, len(config.segments.indices), by=config.segments.by, rates=rates, stage_ends=stage_ends)
+    ends = segment_ends(at, len(config.segments.indices), by=config.segments.by, rates=rates, stage_ends=stage_ends(lengths))
     begins = [0, *ends[:-1]]
     seen = []
     for begin, end in zip(begins, ends, strict=True):

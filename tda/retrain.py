@@ -71,7 +71,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
                 optimizer=make_optimizer(model, recipe),
                 weights=held,
                 seed=seed,
-                after=lambda taken: losses.append(taken.loss),
+                after=lambda result: losses.append(result.loss),
             )
             values = {
                 "arm": arm,
