@@ -36,7 +36,7 @@ from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import build_model, load_model, num_parameters, num_trained_parameters
+from tda.model import EVERY_LAYER, build_model, load_model, num_parameters, num_trained_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
 from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
@@ -391,7 +391,7 @@ def _pattern(config: Config, shapes: Decoder) -> str:
     try:
         costs.tracking(shapes, config.curvature.layers)
     except ValueError:
-        return ".*"
+        return EVERY_LAYER
     return config.curvature.layers
 
 

@@ -17,8 +17,8 @@ from tda.adapters import adapter_in, load_adapter
 from tda.config import Architecture
 
 PROBE_TOKENS = 4  # any few tokens show which layers share an input
-WORTH_SAYING = 0.9  # of the trained weights: users are told if methods follow fewer
-EVERY_LAYER = ".*"  # the pattern of layers that leaves nothing out
+WORTH_SAYING = 0.9  # a share of the trained weights: users are told if methods follow fewer
+EVERY_LAYER = ".*"  # the pattern that matches all layers
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,11 @@ def run_few_tokens(model: nn.Module) -> None:
 
 
 def tracked_layers(
-    model: nn.Module, pattern: str = ".*", *, probe: Callable[[nn.Module], object] = run_few_tokens, frozen_too: bool = False
+    model: nn.Module,
+    pattern: str = EVERY_LAYER,
+    *,
+    probe: Callable[[nn.Module], object] = run_few_tokens,
+    frozen_too: bool = False,
 ) -> list[Layer]:
     """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
 
