@@ -21,7 +21,7 @@ from tda.ggn import queries_at_once
 from tda.gradients import QUERY_VALUES
 from tda.parallel import device_of, num_workers
 from tda.retrain import ARMS
-from tda.scoring import ASKED_VALUES
+from tda.scoring import ROW_QUERY_VALUES
 from tda.segments import segment_ends
 from tda.store import BLOCK_BYTES, CHUNK_BYTES
 from tda.target_influence import ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS, groups_for
@@ -354,7 +354,7 @@ def _scores(
         return load_of(batch_plan(held.lengths, batch_tokens=tokens), held.lengths, held.num_loss_tokens)
 
     at_once = min(num_queries, max(1, QUERY_VALUES // model.gradient))
-    walks = math.ceil(num_queries * values / ASKED_VALUES)
+    walks = math.ceil(num_queries * values / ROW_QUERY_VALUES)
     products = num_checkpoints + 2  # of rows: at the final checkpoint three
     small = 0 if not projected else values * num_queries * 4 * 2 * rank  # in projected space
     algebra = small or len(run.seen) * 2 * costs.applications(model, queries=num_queries)
@@ -376,7 +376,7 @@ def _scores(
         work["curvature of rows"] = 2 * seen / num * stored / machine.scanned + rate("algebra", 4 * seen * values * rank)
         work["curvature of rows"] += len(run.seen) * rate("eigh", costs.eigenbases(model, rank=rank))
     tables = 4 * num * num_queries * (8 + FLOAT / 4)
-    asked = (len(run.seen) + 2) * min(num_queries * values, ASKED_VALUES) * FLOAT
+    asked = (len(run.seen) + 2) * min(num_queries * values, ROW_QUERY_VALUES) * FLOAT
     memory = (QUERY_COPIES + 1) * at_once * model.gradient * FLOAT + asked + tables
     if config.scores.averaged_influence:
         more, held = _averaged_influence(config, documents, num_queries, model, load, rate)
