@@ -1,17 +1,16 @@
-"""Scores by retraining a surrogate: a kernel machine in the model's own tangent space, on random halves of the data.
+"""Scores from a surrogate that is cheap to retrain: kernel machines in the model's tangent kernel, on random halves of the rows.
 
-Influence functions and SOURCE linearise around what the run has become with every row in it: a row that was learned by heart has
-no gradient left, so that what it taught cannot be seen any more, and the curvature between layers is left out. Here each row's
-effect is worked out where it was not trained on, and without a curvature approximation:
+Influence functions and SOURCE linearise around a model that was trained on every row. A memorised row has no gradient left there,
+so its effect cannot be seen; and their curvature ignores what couples layers. Here a row's effect is computed for machines that
+were not trained on it, and without approximating the curvature:
 
-1. K, the tangent kernel of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
-   2020, arXiv 2012.00152) as far as training on half the rows would go (`counterfactual_end`).
-2. Kernel machines fitted to the training loss on random halves of the rows. Their ridge is 1/(eta_bar K) plus the weight decay,
-   what SOURCE's damping is for a run on half the data, times `ridge_scale`.
-3. For every row outside the half, the closed-form effect of adding it on the outputs at every query. Of a classifier it is the
-   mean of two: by the Hessian of the loss, which says too little of rows that are learned by heart, and by its trace.
-4. The score is minus that, along the derivative of the query's cost, averaged over the machines' own predictions: where the cost
-   is not smooth, as |error| is, its slope is that of its mean over such runs, not that of one run's accident.
+1. The tangent kernel K of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
+   2020, arXiv 2012.00152) up to where training on half the rows would end (`counterfactual_end`).
+2. Kernel machines, fitted to the training loss on random halves of the rows. Their ridge is `ridge_scale` times 1/(eta_bar K)
+   plus the weight decay, which is SOURCE's damping for a run on half the data.
+3. For every row outside a half, the effect of adding it on the outputs at every query, in closed form (`kernel_machine.py`).
+4. The score is minus that effect times the derivative of the query's cost by its outputs. The derivative is averaged over the
+   machines, because a cost with a kink, such as |error|, has a slope in the mean over runs that no single run shows.
 """
 
 import itertools
@@ -37,7 +36,7 @@ def surrogate_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
-        ValueError: the task is neither classification nor regression, there are fewer than four rows, or more than memory takes.
+        ValueError: the task is neither classification nor regression, there are fewer than four rows, or memory is too small.
     """
     train, queries, task = fitted.train, fitted.queries, fitted.task
     if not isinstance(task, (Classification, Regression)) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
@@ -68,7 +67,7 @@ def surrogate_scores(fitted: Fitted) -> np.ndarray:
 
 
 def memory_needed(fitted: Fitted, num_outputs: int) -> int:
-    """Bytes, nearly: kernels of all points, what layers take in and give back, a classifier's matrix per class of a half."""
+    """About how many bytes it takes: kernels of all points, inputs and pseudo-gradients of layers, a half's matrices."""
     points, half = len(fitted.train) + len(fitted.queries), len(fitted.train) // HALVES
     kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in fitted.layers)
     matrices = num_outputs + 3 if isinstance(fitted.task, Classification) else 3
@@ -76,10 +75,10 @@ def memory_needed(fitted: Fitted, num_outputs: int) -> int:
 
 
 def path_kernel(fitted: Fitted) -> Float[Tensor, "point point"]:
-    """The tangent kernel of rows, then queries, averaged up to the counterfactual's end.
+    """The tangent kernel of all points, rows first and then queries, averaged over the run up to the counterfactual's end.
 
-    Each stretch of training is seen at the checkpoint that it ends at, through the optimizer's preconditioner there, and counts
-    by its learning rate.
+    A stretch of training is represented by the checkpoint at its end, with the optimizer's preconditioner there, and weighted by
+    its summed learning rate.
     """
     points = Examples(torch.cat([fitted.train.x, fitted.queries.x]), torch.cat([fitted.train.y, fitted.queries.y]))
     steps = [0, *(checkpoint.step for checkpoint in fitted.run.checkpoints)]
@@ -121,7 +120,7 @@ def retrained_effects(
     splits: int,
     seed: int,
 ) -> np.ndarray:
-    """Scores (query, row) from the kernel of rows, then queries; each of `splits` random splits gives every row one effect."""
+    """Scores (query, row) from the kernel K of all points; each of `splits` random splits gives every row one effect."""
     num_rows = len(train)
     K_rows, K_queries = K[:num_rows, :num_rows], K[:num_rows, num_rows:]
     machines = []
