@@ -4,8 +4,7 @@ Factors grow with the square of a layer's width: the covariances of Llama-3-8B a
 each by passes of its own. All passes see the same sampled labels, so factors do not depend on how layers are divided, and a
 backward pass ends at the first layer of its block.
 
-    fit_factors -> for each block: _fit_plain (and _fit_scaled for AdamW's symmetric form) -> Passes.over -> ekfac.covariances,
-    ...
+    fit_factors -> per block: _fit_plain, and _fit_scaled for AdamW's symmetric form -> Passes.over -> the passes of ekfac.py
 """
 
 import contextlib

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tda.capture import captured
 from tda.data import Batch, TensorBatch
 from tda.ggn import pack
+from tda.gradients import layer_input
 from tda.model import Layer
-from tda.projection import append_one
 from tda.task import Task
 
 RIDGE = 1e-8  # of the kernel's mean eigenvalue: fewer rows than values leave it singular; the paper's has none
@@ -56,13 +56,10 @@ def features(
     """`phi` and `Q` of every example in the batch."""
     gradients: dict[str, Tensor] = {}
 
-    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return append_one(a, bias=layer.bias)
-
     def keep(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         gradients[layer.name] = torch.bmm(Ds.mT, a)
 
-    with captured(model, layers, encode=keep_inputs, consume=keep):
+    with captured(model, layers, encode=layer_input, consume=keep):
         responses, slopes = task.responses(task.outputs(model, batch), batch)
         responses.sum().backward()
     owner = torch.repeat_interleave(torch.arange(len(batch.rows), device=slopes.device), batch.sizes)
