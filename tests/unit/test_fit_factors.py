@@ -132,7 +132,7 @@ def test_packed_documents_have_the_curvature_of_padded_ones(build, fill_to):
 def test_factors_of_packed_documents_are_as_near_as_other_draws_of_labels(monkeypatch):
     """Packed batches hold documents in another order, so that other labels are drawn; with true ones both agree."""
     model, documents = tiny_llama(), random_documents(12)
-    monkeypatch.setattr("tda.losses.draw", lambda p, uniform: p.argmax(dim=1))
+    monkeypatch.setattr("tda.losses.sample_labels", lambda p, uniform: p.argmax(dim=1))
     padded, packed = fit(model, documents), fit(model, documents, packed=True)
     for name, expected in padded.plain.items():
         torch.testing.assert_close(packed.plain[name].Lambda, expected.Lambda)
