@@ -1,6 +1,6 @@
-"""What the corpus of a run will be like: read where `prepare` has run, else drawn up from a sample of its documents.
+"""The corpus of a planned run: read if `prepare` has run, else estimated from a sample of its documents.
 
-The sample is read, cleaned and tokenised as `prepare` does it, which also tells what that costs.
+The sample is read, cleaned and tokenised as `prepare` would, which also shows what that costs.
 """
 
 import json
@@ -19,7 +19,7 @@ from tda.clean import long_enough, without_copies, without_near_copies
 from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, file_texts, source_files
 from tda.data import Documents, load_documents
-from tda.ingest import Document, Reading, read_documents
+from tda.ingest import Document, Reading, part_of, read_documents
 from tda.prepare import BUILTIN, check_fields, document_table, fields_of, made_tokenizer
 from tda.readers import rows, share_of_bytes
 from tda.split import HALVES, fair_shares
@@ -100,7 +100,7 @@ def expected_corpus(config: Prepare, workspace: Workspace, *, model: str) -> Cor
     random = np.random.default_rng(0)
     parts = {"general": [], "mixed": []}
     for row in encoded:
-        parts["general" if row.document.part == "general" or row.document.source in general else "mixed"].append(row)
+        parts[part_of(row.document, general)].append(row)
 
     def drawn(number: int, part: str, salt: str) -> list[Row]:
         pool = parts[part] or encoded
@@ -166,7 +166,7 @@ def _numbers(
     """How many rows there will be: of both parts of the training documents, of targets, of held-out documents."""
     places = {"general": 0, "mixed": 0}
     for row in encoded:
-        places["general" if row.document.part == "general" or row.document.source in general else "mixed"] += 1
+        places[part_of(row.document, general)] += 1
     there = {part: round(number / share) for part, number in places.items()}
     targets = config.num_targets
     if not config.targets:
