@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tda.adapters import settle
+from tda.adapters import normalise_config
 from tda.artifacts import Workspace, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits
 from tda.config import Train
@@ -60,7 +60,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             check_fits(model, documents, origin=str(folder))
             target = part / str(index)
             _copy_model(folder, target / "model", model)
-            settle(target / "model", base=recipe.model)
+            normalise_config(target / "model", base=recipe.model)
             optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     if said := other_recipe(recipe, optimizer, peak=float(rates.max())):

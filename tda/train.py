@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tda.adapters import settle
+from tda.adapters import normalise_config
 from tda.artifacts import MEAN_FILE, read_json, whole, write_json
 from tda.config import Train
 from tda.data import Documents, batches
@@ -213,7 +213,7 @@ def save_checkpoint(
     with whole(folder) as part:
         part.mkdir()
         model.save_pretrained(part / "model")
-        settle(part / "model")
+        normalise_config(part / "model")
         if optimizer is not None:
             save_file(optimizer_state(model, optimizer), part / "optimizer.safetensors")
         if mean is not None:
