@@ -1,4 +1,4 @@
-"""Retrained models to a verdict, and the positive control: what each method finds of the planted damage."""
+"""The verdict, from retrained models; and the positive control: how much of the planted damage each method finds."""
 
 import math
 from collections.abc import Sequence
@@ -205,10 +205,10 @@ def _nested_differences(comparisons: Sequence[dict]) -> dict:
 def find_damage(
     scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataFrame, target_sources: Sequence[str]
 ) -> tuple[dict, pl.DataFrame, pl.DataFrame]:
-    """What every `score_METHOD` and the decision find of the damage; recall curves, a column each; the planted documents.
+    """How much of the damage every `score_METHOD` and the decision find; recall curves by method; the planted documents.
 
-    `auc_target_sources` compares documents of the targets' own sources alone: there damage can be told from a document that is
-    merely of no use to the targets.
+    `auc_target_sources` is among documents of the targets' own sources only, where damage can be told from documents that
+    merely do not help the targets.
 
     Raises:
         ValueError: the scores or the truth are not of the manifest's documents.

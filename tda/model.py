@@ -132,7 +132,7 @@ def tracked_layers(
 
     Raises:
         ValueError: no layer matches, or a layer is used more than once, so that its gradient is not one outer product per
-        position.
+            position.
     """
     modules = linear_modules(model)
     if not frozen_too and any(parameter.requires_grad for parameter in model.parameters()):

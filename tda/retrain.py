@@ -1,7 +1,7 @@
 """Retraining on all, on curated and on randomly reduced data, paired by seed.
 
-For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the
-same order.
+The three models of a seed have the same initial weights and the same number of steps, and see the documents that they share in
+the same order.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ COLUMNS = ("arm", "seed", "steps", "num_documents", "train_loss", "target_loss",
 
 
 def arm_weights(arm: str, weights: np.ndarray, *, seed: int) -> np.ndarray:
-    """Every document's weight in an arm; 0 is dropped. The random control has the curated arm's weights, dealt out by `seed`."""
+    """Every document's weight in an arm; 0 drops it. The random control has the curated arm's weights, permuted by `seed`."""
     if arm == "all":
         return np.ones_like(weights)
     return weights if arm == "curated" else np.random.default_rng([seed, len(weights)]).permutation(weights)
@@ -48,7 +48,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     device, frozen = device_of(config.compute), read_json(workspace.training, stage="train").get("frozen", [])
     adapter = adapter_in(workspace.checkpoint(0) / "model")
     if adapter is not None and adapter_in(config.train.model) is not None:
-        adapter = None  # training starts from the one that is there, not from a new one
+        adapter = None  # training starts from the adapter of train.model, not from a new one
     work = workspace.work / "retraining" / documents.digest(config.train.model_dump_json(), weights.tobytes().hex())
 
     def one(run: tuple[int, str]) -> Path:
