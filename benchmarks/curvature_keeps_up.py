@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         return torch.Generator(chosen.device).manual_seed(0)
 
     sums = covariances(model, layers, batches, task=CausalLM(), generator=generator())
-    basis = eigenbasis(Covariances(dict(sums.A), dict(sums.S), sums.num_tokens), layers)  # which uses them up
+    basis = eigenbasis(Covariances(dict(sums.A), dict(sums.S), sums.count), layers)  # which uses them up
     check(model, layers, batches, basis, sums)
     actions = {
         "reference": lambda: [frozen_pass(model, batch) for batch in batches],
@@ -78,7 +78,7 @@ def check(model, layers, batches, basis, sums) -> None:
             A = a.T @ a if A is None else A + a.T @ a
             counted += len(a)
     handle.remove()
-    assert counted == sums.num_tokens
+    assert counted == sums.count
     torch.testing.assert_close(sums.A[layers[0].name].double(), A, rtol=1e-4, atol=1e-4 * float(A.diagonal().mean()))
     Q_A, _Q_S = basis[layers[0].name]
     torch.testing.assert_close(Q_A.T @ Q_A, torch.eye(len(Q_A), device=Q_A.device), rtol=0.0, atol=1e-4)

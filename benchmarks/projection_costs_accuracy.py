@@ -20,11 +20,11 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from benchmarks.common import ROOT
+from benchmarks.compression import MOST_BITS, Quantiser, allotted_bits, largest_coordinates, largest_rectangles
 from tda.artifacts import write_json
 from tda.averaged_influence import around
 from tda.bank import Bank, ceiling, load_bank
 from tda.bank_scores import RunStore
-from tda.compression import MOST_BITS, Quantiser, allotted_bits, largest_coordinates, largest_rectangles
 from tda.data import Documents
 from tda.evaluation_plots import BASELINE, COLOURS, DASHES, INK, MUTED, figure
 from tda.fit_factors import fit_factors

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
             curvature = {name: plain(held) for name, held in factors.items()}
             dynamics.append(SegmentDynamics(index=segment.index, curvature=curvature, time=segment.time, weight_decay=0.0))
 
-        def dot(segment: Segment, checkpoint: int, response: dict) -> np.ndarray:
+        def dot(checkpoint: int, response: dict) -> np.ndarray:
             u = torch.cat([response[layer.name].flatten(1) for layer in layers], dim=1).numpy()
             return dot_scores(open_sealed(store, manifests[checkpoint]), documents.ids, u)
 

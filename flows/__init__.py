@@ -1,1 +1,1 @@
-"""When and where the pipeline runs: Prefect flows that walk DVC's graph. No stage knows of them."""
+"""When and where the pipeline runs: Prefect flows that walk DVC's graph. The stages in `tda/` know nothing of them."""

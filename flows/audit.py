@@ -1,4 +1,4 @@
-"""The flow `audit`: scores against the target set with the existing checkpoints, no retraining; fails when a limit is passed."""
+"""The flow `audit`: score documents with the existing checkpoints, without retraining. It fails if a limit is exceeded."""
 
 from flows.shell import exit_code, supervise
 
@@ -22,10 +22,10 @@ COMMAND = [sys.executable, "-m", "tda", "audit", "--json"]
 
 @flow(name="audit")
 def audit(root: str = ".") -> dict:
-    """Run `tda audit`; what it found.
+    """Run `tda audit`, publish and return what it found.
 
     Raises:
-        RuntimeError: the audit could not be made, or a limit of params.yaml was passed.
+        RuntimeError: the audit could not be made, or a limit of params.yaml was exceeded.
     """
     logger = get_run_logger()
     process = subprocess.Popen(
@@ -63,7 +63,7 @@ def audit(root: str = ".") -> dict:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stop the audit if the flow was stopped."""
+    """Stop the audit if it still runs, because the flow was stopped."""
     if process.poll() is None:
         process.terminate()
         try:

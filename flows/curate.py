@@ -1,6 +1,6 @@
-"""The flow `curate`: the whole pipeline, a task per stage, in the order of DVC's graph.
+"""The flow `curate`: the whole pipeline, with a task per stage, in the order of DVC's graph.
 
-`python -m flows.curate` runs it on Prefect's embedded server; `prefect deployment run curate/llm` on a real one.
+`python -m flows.curate` runs it on Prefect's embedded server, `prefect deployment run curate/llm` on a real one.
 """
 
 from flows.shell import exit_code, supervise
@@ -34,7 +34,7 @@ MAX_TASKS = 64  # threads; most of them wait
 
 
 def _another_try_can_help(task, run, state) -> bool:
-    """Not if the input is wrong, or someone stopped the stage: only if it was killed, or a lock was taken."""
+    """True if the stage was killed or a lock was taken; false if the input is wrong or someone stopped the flow."""
     error = state.data if isinstance(state.data, Exception) else state.result(raise_on_failure=False)
     return isinstance(error, graph.StageError) and error.by_chance
 
@@ -47,7 +47,7 @@ def _another_try_can_help(task, run, state) -> bool:
     retry_condition_fn=_another_try_can_help,
 )
 def run_stage(stage: str, root: str, slots: Slots | None, stopped: threading.Event) -> str:
-    """One stage as a process: "ran", or "up to date"."""
+    """Run one stage in a process of its own. Returns "ran" or "up to date"."""
     log = get_run_logger().info
     if slots is None:
         ran = graph.run_stage(stage, Path(root), environment={}, log=log, stopped=stopped)
@@ -69,9 +69,10 @@ def _end_stages(flow, flow_run, state) -> None:
     on_crashed=[_end_stages],
 )
 def curate(params: dict[str, Any] | None = None, root: str = ".") -> dict[str, str]:
-    """From documents to a curated data set and its verdict: what happened to each stage.
+    """From documents to a curated data set and its verdict. Returns what happened to each stage.
 
-    `params` sets keys of params.yaml for good, such as {"curation.drop": 0.05}, and so stays part of what can be reproduced.
+    `params` changes keys of params.yaml permanently, such as {"curation.drop": 0.05}, so that the run can be reproduced from
+    it.
     """
     folder = Path(root)
     with graph.only_flow(folder):
@@ -84,10 +85,10 @@ def curate(params: dict[str, Any] | None = None, root: str = ".") -> dict[str, s
 
 
 def _walk(root: Path) -> dict[str, str]:
-    """Run every stage after those it needs.
+    """Run every stage after those that it needs.
 
     Raises:
-        StageError: at least one failed; the message names each, and what was not started.
+        StageError: at least one failed. The message names each, and those that were not started.
     """
     needs = graph.load_graph(root)
     device = load_config(root / "params.yaml").compute.device
@@ -99,7 +100,7 @@ def _walk(root: Path) -> dict[str, str]:
             after = [futures[name] for name in needed]
             futures[stage] = run_stage.submit(stage, str(root), slots.get(stage.split("@")[0]), stopped, wait_for=after)
         wait(list(futures.values()))
-    except BaseException:  # someone stops the flow
+    except BaseException:  # the flow is being stopped
         stopped.set()
         raise
     states = {stage: future.state for stage, future in futures.items()}
@@ -113,7 +114,7 @@ def _walk(root: Path) -> dict[str, str]:
 
 
 def publish(workspace: Workspace) -> None:
-    """The artifacts of the run: the verdict, its numbers, and a link to the page."""
+    """Publish the run's verdict, its metrics and a link to the report as Prefect artifacts."""
     verdict = json.loads(workspace.verdict.read_text(encoding="utf-8"))
     metrics = json.loads(workspace.metrics.read_text(encoding="utf-8"))
     create_markdown_artifact(_verdict_text(verdict, workspace), key="verdict", description="Whether to train on the curated data")

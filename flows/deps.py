@@ -1,8 +1,14 @@
-"""What each stage's code reaches, read from its syntax tree: modules, parameters and files. Keeps `dvc.yaml` honest.
+"""The modules, parameters and files that each stage's code uses, read from its syntax tree, to keep `dvc.yaml` honest.
 
-`python -m flows.deps` says where `dvc.yaml` and the code differ; with `--write` it sets the module and parameter lists of
-`dvc.yaml` to what the code uses. Which of a stage's files are read and which are made, the code does not tell; those lists stay
-with the author, and a test compares their union.
+`python -m flows.deps` prints where `dvc.yaml` and the code differ; with `--write` it sets the module and parameter lists of
+`dvc.yaml` to what the code uses. The code does not show which files a stage reads and which it makes, so those lists are
+written by hand, and a test compares their union with the files found here.
+
+How it works, starting from the stage's function in `stages.py`:
+
+- functions: every function and class of the package that is named there, and those that these name, and so on (`_reached`);
+- modules: those that `stages.py` imports for the stage, and everything that they import (`_closure`);
+- settings and files: the attributes used on any parameter annotated `Config` or `Workspace` in those functions (`_chains`).
 """
 
 import ast
@@ -17,16 +23,15 @@ from flows.settings import read_yaml, write_yaml
 from tda.artifacts import Workspace
 from tda.config import Config
 
-# Not dependencies, though imported: the values of the configuration are tracked as parameters.
-UNTRACKED_MODULES = {"__init__", "config"}
+UNTRACKED_MODULES = {"__init__", "config"}  # the values of the configuration are tracked instead, as parameters
 UNTRACKED_SECTIONS = {"compute"}  # where the work runs changes no result
-UNVERSIONED = {"root", "store", "work", "audits"}
-DATA_OF_MODULES = {"report": "templates"}
+UNVERSIONED = {"root", "store", "work", "audits"}  # places of the workspace that DVC does not track
+DATA_OF_MODULES = {"report": "templates"}  # files of the package that a module reads
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What one stage uses."""
+    """What one stage uses, sorted."""
 
     modules: list[str]  # paths as in `dvc.yaml`
     params: list[str]  # section, or section.key
@@ -35,8 +40,6 @@ class Reach:
 
 def reach(stage: str, package: Path) -> Reach:
     """What the function `stage` of `stages.py` in the folder `package` uses, itself and through what it calls.
-
-    Settings and files are those named on a parameter that is annotated `Config` or `Workspace`, in any function reached.
 
     Raises:
         ValueError: there is no such function.
@@ -66,7 +69,7 @@ def _definitions(tree: ast.Module) -> dict[str, ast.AST]:
 
 
 def _reached(stage: str, trees: dict[str, ast.Module], package: str) -> list[tuple[str, ast.AST]]:
-    """The function, and every function and class of the package that it names, and so on, each with its module."""
+    """(module, node) of the stage's function, and of every function and class of the package that it names, and so on."""
     reached, todo = {}, [("stages", stage)]
     while todo:
         module, name = todo.pop()
@@ -85,7 +88,7 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def _bound(tree: ast.AST, trees: dict[str, ast.Module], package: str, *, deep: bool = True) -> dict[str, tuple[str, str]]:
-    """What imports in `tree` bind: the local name, and the module and the name in it; the name is empty for a module."""
+    """The local names that imports in `tree` bind, each with its (module, name there); the name is empty for a whole module."""
     bound = {}
     for node in ast.walk(tree) if deep else tree.body:
         if isinstance(node, ast.Import):
@@ -119,7 +122,7 @@ def _closure(seeds: set[str], trees: dict[str, ast.Module], package: str) -> set
 
 
 def _chains(function: ast.AST, annotation: str) -> set[tuple]:
-    """Attribute chains on parameters annotated so: (attributes, the variable that the first of them is called with)."""
+    """Attribute chains on parameters with that annotation: (attributes, the argument if the first of them is called)."""
     arguments = [node for node in ast.walk(function) if isinstance(node, ast.arg) and node.annotation is not None]
     names = {node.arg for node in arguments if ast.unparse(node.annotation).strip("'\"") == annotation}
     parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
@@ -137,7 +140,7 @@ def _chains(function: ast.AST, annotation: str) -> set[tuple]:
 
 
 def _params(chains: set[tuple]) -> list[str]:
-    """Sections and keys, as `dvc.yaml` names them; all keys of a section are the section."""
+    """Sections and keys, as `dvc.yaml` names them; if all keys of a section are used, only the section."""
     found = set()
     for attributes in chains:
         model, key = Config, []
@@ -155,7 +158,7 @@ def _params(chains: set[tuple]) -> list[str]:
 
 
 def _files(uses: set[tuple[str, bool]]) -> list[str]:
-    """Paths below data/: of what has a file per part, the stage's own part, or the folder of all."""
+    """Paths below data/. If there is a file per part, it is the file of the stage's own part, or else the folder of all."""
     workspace, found = Workspace(), set()
     for name, own_part in uses:
         value = getattr(workspace, name)
@@ -174,7 +177,7 @@ def part_file(path_of: Callable[[int], Path]) -> str:
 
 
 def update(dvc_file: Path, package: Path, *, write: bool) -> list[str]:
-    """Where the module and parameter lists of `dvc_file` differ from the code, a line each; mended if `write`."""
+    """Where the module and parameter lists of `dvc_file` differ from the code, a line each; with `write` they are corrected."""
     changes, pipeline = [], read_yaml(dvc_file)
     for name, entry in pipeline["stages"].items():
         stage, used = entry.get("do", entry), reach(name, package)
@@ -190,7 +193,7 @@ def update(dvc_file: Path, package: Path, *, write: bool) -> list[str]:
 
 
 def main() -> int:
-    """Compare, or mend with `--write`; 1 if something differs and was not mended."""
+    """Compare, or correct with `--write`. Returns 1 if something differs and was not corrected."""
     write = "--write" in sys.argv[1:]
     changes = update(Path("dvc.yaml"), Path("tda"), write=write)
     print("\n".join(changes) or "dvc.yaml names what the code uses")

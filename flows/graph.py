@@ -1,7 +1,8 @@
-"""DVC's graph of stages, and one stage of it run as a process of its own. Knows DVC, and nothing of Prefect.
+"""DVC's graph of stages, and running one stage of it as a process. Knows DVC, and nothing of Prefect.
 
-DVC decides what is stale. A stage runs as `dvc repro --single-item`, in a process group of its own that ends with the flow. The
-group is on record under `.dvc/tmp`, so that the flow can end it, and whoever comes after a killed flow what may be left of it.
+DVC decides what is stale. A stage runs as `dvc repro --single-item`, in a process group of its own. The group is recorded under
+`.dvc/tmp/flow` while it runs, so that the flow can end it, and so that the next flow can end what a killed one has left
+(`reap`).
 """
 
 import contextlib
@@ -29,7 +30,7 @@ QUIET_LOGS = {"TQDM_MININTERVAL": "15", "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK":
 
 
 class StageError(RuntimeError):
-    """A stage that did not finish; `by_chance` says whether another try could end otherwise."""
+    """A stage did not finish; `by_chance` says whether another try could succeed."""
 
     def __init__(self, message: str, *, by_chance: bool = False):
         super().__init__(message)
@@ -37,7 +38,7 @@ class StageError(RuntimeError):
 
 
 def load_graph(root: Path) -> dict[str, list[str]]:
-    """Every stage and the stages that it needs, in an order in which they can run: the one of `dvc repro`."""
+    """Every stage with the stages that it needs, in the order in which `dvc repro` runs them."""
     with Repo(str(root)) as repo:
         graph = repo.index.graph
         names = {stage: _name(stage, Path(repo.root_dir)) for stage in networkx.dfs_postorder_nodes(graph)}
@@ -58,10 +59,10 @@ def is_clean(root: Path) -> bool:
 def run_stage(
     stage: str, root: Path, *, environment: dict[str, str], log: Callable[[str], None], stopped: threading.Event
 ) -> bool:
-    """Bring one stage up to date; whether its command ran. The output goes to `log` line by line.
+    """Bring one stage up to date. Returns whether its command ran; its output goes to `log` line by line.
 
-    Once `stopped` is set none starts. A stage ends with the thread that calls this, which waits for it. A `StageError` names the
-    stage and ends with its last words.
+    No stage starts once `stopped` is set. A stage ends when the thread that called this ends. A `StageError` names the stage
+    and quotes its last lines.
     """
     _refuse_if(stopped, stage)
     dvc = [sys.executable, "-P", lifeline.__file__, str(os.getpid())]
@@ -81,7 +82,7 @@ def run_stage(
     record.write_text(_started(process.pid), encoding="utf-8")
     ran, last = False, deque(maxlen=12)
     try:
-        _refuse_if(stopped, stage)  # who set it may have looked for records before there was this one
+        _refuse_if(stopped, stage)  # again: whoever set it may have looked for records before this one existed
         for line in map(str.rstrip, process.stdout):
             if line:
                 log(line)
@@ -105,12 +106,12 @@ def _refuse_if(stopped: threading.Event, stage: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """For stages, whose command is `python -m tda ...`: with this Python first on the PATH."""
+    """The environment of stages: this Python comes first on the PATH, as their command is `python -m tda ...`."""
     return os.environ | QUIET_LOGS | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
 def _failure(stage: str, code: int, last: list[str]) -> StageError:
-    """The error of a failed stage. Another try can help against a kill from outside or a taken lock, not against wrong input."""
+    """The error of a failed stage. Another try can help after a kill from outside or a taken lock, but not with wrong input."""
     text = "\n".join(last)
     exits = re.findall(r"exited with (-?\d+)", text)
     status = int(exits[-1]) if exits else code
@@ -126,10 +127,10 @@ def _failure(stage: str, code: int, last: list[str]) -> StageError:
 
 @contextlib.contextmanager
 def only_flow(root: Path) -> Iterator[None]:
-    """Hold the workspace for one flow, and leave neither processes nor a `dvc.lock` in another order behind.
+    """Reserve the workspace for one flow; afterwards no process is left, and `dvc.lock` is as `dvc repro` would have left it.
 
-    `dvc repro` writes new stages to `dvc.lock` in graph order and leaves known ones in place; parallel runs write them as they
-    finish. Afterwards the file is as `dvc repro` would have left it.
+    `dvc repro` appends new stages to `dvc.lock` in graph order and leaves known ones in their place, whereas stages that run in
+    parallel are appended as they finish.
     """
     with only_run(_records(root).with_suffix(".lock")):
         reap(root)
@@ -142,7 +143,7 @@ def only_flow(root: Path) -> Iterator[None]:
 
 
 def order_lock(root: Path, before: list[str]) -> None:
-    """Bring the stages in `dvc.lock`, of which `before` were there at the start, into the order that `dvc repro` leaves."""
+    """Sort the stages in `dvc.lock` into the order that `dvc repro` leaves; `before` are those that were there at the start."""
     stages = _locked_stages(root)
     order = locked_order(before, load_graph(root), set(stages))
     if order != list(stages):
@@ -151,10 +152,11 @@ def order_lock(root: Path, before: list[str]) -> None:
 
 
 def locked_order(before: list[str], needs: dict[str, list[str]], locked: set[str]) -> list[str]:
-    """The order of the `locked` stages had they run one after the other, in graph order, appending those not there `before`.
+    """The order that the `locked` stages would have if they had run one after the other; those not there `before` are new.
 
-    A stage is new because the graph has grown, and then some known stage needs it, or because an earlier run failed before it;
-    a run one after the other would then have stopped there, so it comes before what runs side by side got done after it.
+    If a known stage needs a new one, the graph has grown, and the new stage is appended. Otherwise an earlier run failed before
+    the new stage: run one after the other, it would have stopped there, so the new stage comes before known stages that are
+    later in the graph and were finished side by side.
     """
     place = {stage: number for number, stage in enumerate(needs)}
     needed, todo = set(), [stage for stage in before if stage in needs]
@@ -176,7 +178,7 @@ def _locked_stages(root: Path) -> dict:
 
 
 def reap(root: Path) -> list[int]:
-    """End every process group on record; their numbers."""
+    """End every recorded process group. Returns their numbers."""
     ended = []
     for record in sorted(_records(root).glob("[0-9]*")):
         number = int(record.name)
@@ -192,7 +194,7 @@ def _records(root: Path) -> Path:
 
 
 def _started(number: int) -> str:
-    """When process `number` started, so that a later process of the same number is not taken for it; empty if it is gone."""
+    """When process `number` started, to tell it from a later process with the same number; empty if it is gone."""
     try:
         return Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
@@ -212,7 +214,7 @@ def _end_group(number: int) -> None:
 
 
 def _alive(group: int) -> bool:
-    """Whether any process of the group still runs; one that ended and was not yet waited for does not."""
+    """Whether any process of the group still runs (zombies do not)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, in_group = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]

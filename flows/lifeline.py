@@ -1,6 +1,6 @@
-"""Processes that do not outlive the one that started them. As a script: `dvc`, which ends all it started when its flow is killed.
+"""Child processes that end with their parent. Run as a script, it is `dvc`, and ends everything it started if its flow is killed.
 
-Started by its path, not with `-m`: it runs in the workspace, where this package need not be found.
+It is started by its path, not with `-m`, because it runs in the workspace, where this package may not be importable.
 """
 
 import ctypes
@@ -14,16 +14,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with(parent: int, number: int) -> None:
-    """Have the system send this process the signal `number` when the thread of process `parent` that started it ends."""
+    """Ask the system to send this process the signal `number` when the thread of `parent` that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), number)
 
 
 def _end_group(number: int, frame: object) -> None:
-    """Ask all others of the group to stop, whereupon `dvc` ends by itself, and kill what has not stopped in time.
+    """Ask the other processes of the group to stop, after which `dvc` ends by itself; kill what has not stopped in time.
 
-    Once: the system may signal the end of each of the parent's threads, and a second request would end what the first has begun.
+    Only once: the system may signal the end of each of the parent's threads, and a second request would interrupt the first.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,10 +13,10 @@ from prefect.deployments.runner import RunnerDeployment
 
 
 def deployments(prefect_file: Path) -> list[RunnerDeployment]:
-    """What `prefect_file` declares, in a form that can be served.
+    """The deployments that `prefect_file` declares, in a form that can be served.
 
-    Without a deployment's own limit: each shell has its embedded server here, and the slot that one grants the other does not
-    know. This module serves one run at a time instead.
+    Their own concurrency limits are left out: without a common server they would not be shared. This module serves one run at a
+    time instead.
     """
     found = []
     for declared in load_yaml(str(prefect_file))["deployments"]:

@@ -1,4 +1,4 @@
-"""A flow started from a shell: Ctrl-C ends it, its stages and Prefect's temporary server within seconds, and says one line."""
+"""Flows started from a shell: Ctrl-C ends the flow, its stages and Prefect's temporary server within seconds, with one line."""
 
 import contextlib
 import os
@@ -13,17 +13,17 @@ from tda.cli import FAILED, INTERRUPTED, OK, TERMINATED
 if TYPE_CHECKING:
     from prefect.states import State
 
-STOP_SECONDS = GRACE_SECONDS + 5  # for the stages, and for Prefect to note it; then the flow is killed
-LAST_WATCH = 'read -r _; kill -s KILL -- "-$0"'  # the read ends when nobody holds the pipe's other end any more
+STOP_SECONDS = GRACE_SECONDS + 5  # for the stages to stop and Prefect to record it; then the flow is killed
+LAST_WATCH = 'read -r _; kill -s KILL -- "-$0"'  # the read ends once nobody holds the other end of the pipe
 
 
 def supervise(name: str) -> None:
-    """Returns in a new process, in which the flow is to run; this one waits for it and exits as it does.
+    """Fork: returns in a child process, in which the flow is to run, while this process waits for it and exits with its code.
 
-    To be called before anything heavy is imported, so that an interrupt finds no half-loaded module. The flow gets a session of
-    its own: a terminal's Ctrl-C reaches this process alone, and Prefect's server lives on to be told how the run ended. Nor could
-    the flow itself see to it: polars takes SIGINT over, so that it does not wake a main thread that waits for its tasks. If both
-    are killed, a shell of another name and session ends what they leave: the server.
+    Call it before anything heavy is imported, so that an interrupt finds no half-loaded module. The flow gets a session of its
+    own. So a terminal's Ctrl-C reaches only this process, and Prefect's server lives long enough to be told how the run ended.
+    The flow could not handle Ctrl-C itself: polars takes over SIGINT, which then does not wake a main thread that waits for its
+    tasks. If both processes are killed, a shell with another name and session ends what they leave behind: the server.
     """
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
@@ -56,15 +56,15 @@ def exit_code(name: str, state: "State") -> int:
 
 
 def _leave(number: int, frame: object) -> None:
-    """While a flow runs, Prefect has a handler of its own, and calls this one when it is through."""
+    """Exit on SIGTERM. While a flow runs, Prefect has a handler of its own, which calls this one at its end."""
     raise SystemExit(TERMINATED)
 
 
 def _stop_quietly(number: int, frame: object) -> None:
-    """The user knows that the flow ends, and need not read what each of its tasks says about it.
+    """Stop the flow without output: the user knows that it ends, and need not read what each of its tasks says about it.
 
-    One signal asks for both: of two that come together the system may hand the second to another thread, while the main thread,
-    which alone runs handlers, sleeps on.
+    One signal asks for both. If two came together, the system could deliver the second to another thread, and the main thread,
+    which alone runs handlers, would sleep on.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -73,7 +73,7 @@ def _stop_quietly(number: int, frame: object) -> None:
 
 
 def _exit_code(name: str, flow: int) -> int:
-    """The exit code of the process `flow`, or `INTERRUPTED`. A second request to stop kills it, as a stop that takes too long."""
+    """The exit code of the process `flow`, or `INTERRUPTED`. A second request to stop kills it, and so does a slow stop."""
     asked = []
 
     def stop(number: int, frame: object) -> None:

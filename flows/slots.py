@@ -1,7 +1,7 @@
-"""Places for the parts of a stage that run side by side: one GPU each, or a share of the cores.
+"""Slots for the parts of a stage that run side by side: one GPU each, or a share of the cores.
 
-A stage in one piece runs alone and has the whole machine. The parts of `gradients` and `curvature` run at the same time, as many
-as there are places; each is told its place by environment variables, which the compute code reads.
+A stage without parts has the whole machine. The parts of `gradients` and `curvature` run at the same time, as many as there are
+slots; a part learns its slot from environment variables, which the compute code reads.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 
 class Slots:
-    """A queue of environments, each naming one place."""
+    """A queue of environments, one for each slot."""
 
     def __init__(self, environments: list[dict[str, str]]):
         self._free = queue.SimpleQueue()
@@ -21,7 +21,7 @@ class Slots:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[dict[str, str]]:
-        """Wait for a place, and hold it for the block."""
+        """Wait for a slot, and hold it for the block."""
         environment = self._free.get()
         try:
             yield environment
@@ -30,7 +30,7 @@ class Slots:
 
 
 def environments(num_parts: int, *, device: str) -> list[dict[str, str]]:
-    """The places for `num_parts` parts on this machine; `device` is `compute.device`."""
+    """The slots for `num_parts` parts on this machine; `device` is `compute.device`."""
     gpus = [] if device == "cpu" else visible_gpus()
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
@@ -51,6 +51,6 @@ def visible_gpus() -> list[str]:
 
 
 def parse_gpus(listed: str) -> list[str]:
-    """The ids in the output of `nvidia-smi --list-gpus`; a GPU that is divided is named by its divisions."""
+    """The ids in the output of `nvidia-smi --list-gpus`; of a GPU that is divided (MIG), those of its divisions."""
     ids = [line.rpartition("UUID: ")[2].rstrip(") ") for line in listed.splitlines() if "UUID: " in line]
     return [name for name in ids if name.startswith("MIG-")] or ids

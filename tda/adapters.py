@@ -1,7 +1,7 @@
-"""Low-rank adapters: two thin matrices beside each layer are trained, and the weights of a loaded model stay as they are.
+"""Low-rank adapters (LoRA, Hu et al. 2022, arXiv 2106.09685) by the `peft` library.
 
-LoRA (Hu et al. 2022, arXiv 2106.09685), by the `peft` library. A checkpoint's folder then holds the adapter alone, and its
-`adapter_config.json` says where the weights that it was trained on are: the base.
+Two thin matrices beside each layer are trained, and the weights of the loaded model, the base, stay as they are. A checkpoint's
+folder then holds only the adapter; its `adapter_config.json` says where the base is.
 """
 
 import re
@@ -21,7 +21,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def adapter_in(folder: str | Path) -> "PeftConfig | None":
-    """What adapter the checkpoint in `folder` (or of a hub id) has; None if it is a whole model.
+    """The configuration of the adapter in `folder` (or under a hub id); None if there is a whole model.
 
     Raises:
         ValueError: it is not one that PEFT knows.
@@ -50,7 +50,7 @@ def adapter_in(folder: str | Path) -> "PeftConfig | None":
 
 
 def lora(settings: Lora, *, base: str) -> "PeftConfig | None":
-    """The adapter that `train.lora` asks for, on the model in the folder or under the hub id `base`; None without.
+    """The adapter that `train.lora` asks for, on the model at `base` (a folder or hub id); None if it asks for none.
 
     Raises:
         ValueError: there is an adapter already.
@@ -71,7 +71,7 @@ def lora(settings: Lora, *, base: str) -> "PeftConfig | None":
 
 
 def attach(model: nn.Module, adapter: "PeftConfig", *, seed: int) -> nn.Module:
-    """The model with a new adapter, which is all that is trained; equal seeds give equal adapters.
+    """The model with a new adapter, the only part that is trained; equal seeds give equal adapters.
 
     Raises:
         ValueError: the adapter names no layer of this model, or layers that can have none.
@@ -86,7 +86,7 @@ def attach(model: nn.Module, adapter: "PeftConfig", *, seed: int) -> nn.Module:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """The base `model` with the adapter in `folder`, which is all that is trained.
+    """The base `model` with the adapter in `folder`, the only part that is trained.
 
     Raises:
         FileNotFoundError: its weights are truncated, or do not fit the model.
@@ -111,7 +111,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _shared_names(model: nn.Module) -> list[list[str]]:
-    """Names that stand for one parameter, as of a head that is tied to the embedding."""
+    """Groups of names that share one parameter, such as a head that is tied to the embedding."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -119,7 +119,7 @@ def _shared_names(model: nn.Module) -> list[list[str]]:
 
 
 def _restore_base(model: nn.Module, shared: list[list[str]]) -> None:
-    """Freeze and tie the base as it was: PEFT saves a head or embedding that has an adapter with it, and loads it as its own."""
+    """Freeze and tie the base again: PEFT saves a head or embedding along with its adapter, and loads it untied and trained."""
     inner = {name.replace(".base_layer.", "."): name for name, _ in model.named_parameters(remove_duplicate=False)}
     for first, *others in shared:
         for other in others:
@@ -130,11 +130,11 @@ def _restore_base(model: nn.Module, shared: list[list[str]]) -> None:
             parameter.requires_grad_(False)
 
 
-def settle(folder: Path, *, base: str = "") -> None:
-    """Write the adapter's file in `folder`, if there is one, the same in every process, and with the base at `base`."""
+def normalise_config(folder: Path, *, base: str = "") -> None:
+    """Rewrite the adapter's configuration in `folder`, if any: the same bytes in every process, and the base at `base`."""
     path = folder / CONFIG_FILE
     if path.is_file():
         held = read_json(path, stage="train")
-        layers = held.get("target_modules")  # PEFT keeps their names as a set
+        layers = held.get("target_modules")  # PEFT writes a set, in any order
         held["target_modules"] = sorted(layers) if isinstance(layers, list) else layers
         write_json(path, held | ({"base_model_name_or_path": base} if base else {}))

@@ -1,10 +1,12 @@
-"""An existing Hugging Face Trainer output as the training run: its checkpoints, optimizer state and learning rates.
+"""Adopting the output of a Hugging Face Trainer as the training run: its checkpoints, optimizer state and learning rates.
 
-What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name), the
-optimizer state in `optimizer.pt` without unpickling code, and the learning rates logged in the last state, interpolated between
-log entries. Which documents were in which batch is not recorded there: every document is taken to have been seen equally often,
-SOURCE's own assumption. Nor is it recorded whether gradients were clipped: for SGD, whose steps grow with the gradient,
-the learning rates are taken as if they were not (AdamW's steps do not depend on the gradient's length).
+What is read: every `checkpoint-*` folder that has a `trainer_state.json` (whose `global_step` counts, not the folder's name);
+the optimizer state in `optimizer.pt`, without unpickling code; and the learning rates logged in the last state, interpolated
+between log entries.
+
+Two things are not recorded there. Which documents were in which batch: all are taken to have been seen equally often, as SOURCE
+itself assumes. Whether gradients were clipped: they are taken not to have been, which matters only for SGD, since AdamW's steps
+do not depend on the gradient's length.
 """
 
 import contextlib
@@ -22,24 +24,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tda.adapters import settle
+from tda.adapters import normalise_config
 from tda.artifacts import Workspace, whole, write_json, write_table
 from tda.checkpoints import architecture_digest, check_fits, start_facts
 from tda.config import Train
 from tda.data import Documents
 from tda.model import freeze, load_model, num_parameters, num_trained_parameters, trained_parameters
 
-# Names of parameters that the Trainer leaves out of weight decay; they follow the decayed ones in its optimizer state.
+# Patterns of names that the Trainer exempts from weight decay; these parameters come last in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-MOMENTS = {"exp_avg", "exp_avg_sq"}  # that Adam keeps of a parameter
-NEARLY = 0.05  # of the learning rate, whose peak between two logged ones is seen a little low
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # Adam's state of a parameter
+NEARLY = 0.05  # relative difference of learning rates that is ignored: a peak between two logged rates is missed
 
 
 def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
-    """Copy the checkpoints of the run in `train.run`, as many as `train.checkpoints` asks for; write trajectory and `train.json`.
+    """Copy as many checkpoints of the run in `train.run` as `train.checkpoints` asks for, and write trajectory and `train.json`.
 
-    A run that does not exist, has too few checkpoints or a truncated one is refused with FileNotFoundError; an optimizer state of
-    another model, or of an optimizer that SOURCE cannot follow, with ValueError.
+    A run that does not exist, has too few checkpoints or a truncated one is a FileNotFoundError. An optimizer state of another
+    model, or of an optimizer that SOURCE cannot follow, is a ValueError.
     """
     run = Path(recipe.run)
     found = find_checkpoints(run)
@@ -60,7 +62,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             check_fits(model, documents, origin=str(folder))
             target = part / str(index)
             _copy_model(folder, target / "model", model)
-            settle(target / "model", base=recipe.model)
+            normalise_config(target / "model", base=recipe.model)
             optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
     if said := other_recipe(recipe, optimizer, peak=float(rates.max())):
@@ -95,7 +97,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
 
 
 def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> str:
-    """A sentence on how models will be retrained otherwise than the run was trained, if they will; else empty."""
+    """A sentence on how retraining will differ from the run; empty if it will not."""
     if math.isclose(peak, recipe.learning_rate, rel_tol=NEARLY):
         peak = recipe.learning_rate
     run = {"optimizer": recipe.optimizer, "learning_rate": peak} | optimizer
@@ -119,7 +121,7 @@ def _shown(value: str | float) -> str:
 
 
 def too_few_checkpoints(recipe: Train, there: int) -> str:
-    """What to say if the run has fewer checkpoints than `train.checkpoints` asks for; else empty."""
+    """A sentence if the run has fewer checkpoints than `train.checkpoints` asks for; else empty."""
     if there >= len(recipe.checkpoints):
         return ""
     return (
@@ -159,7 +161,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def known_rates(found: list[tuple[int, Path]], log_history: list[dict]) -> dict[int, float]:
-    """The learning rates that the run left, by step: those logged, and the next step's in the scheduler of every checkpoint."""
+    """The learning rates that the run recorded, by step: the logged ones, and in every checkpoint's scheduler the next one."""
     known = {}
     for step, folder in found:
         with contextlib.suppress(OSError, RuntimeError, EOFError, KeyError, IndexError, pickle.UnpicklingError):
@@ -204,15 +206,15 @@ def _is_model(name: str) -> bool:
 
 
 def unmoved(first: Path, last: Path, *, base: str) -> list[str]:
-    """The parameters that are the same in two checkpoints: what the run kept frozen, but for the `base` of an adapter."""
+    """The parameters that are equal in two checkpoints, which the run kept frozen; an adapter's `base` is not among them."""
     before, after = (trained_parameters(load_model(folder, base=base)) for folder in (first, last))
     return sorted(name for name, value in after.items() if name in before and torch.equal(before[name], value))
 
 
 def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: list[str]) -> dict[str, Any]:
-    """Write the optimizer's tensors by parameter name; what kind of optimizer it is. Nothing, if the run saved none.
+    """Write the optimizer's tensors by parameter name, and return its kind and settings; empty if the run saved none.
 
-    It may know the frozen parameters or not: a Trainer leaves out what was frozen when it began.
+    It may or may not include frozen parameters: a Trainer leaves out those that were frozen when it began.
     """
     path = folder / "optimizer.pt"
     if not path.exists():
@@ -246,7 +248,7 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
 
 
 def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The optimizer in `saved` and its settings, by what it keeps of a parameter and how it is set."""
+    """The kind and settings of the optimizer in `saved`, recognised by its state and settings."""
     group = max(saved["param_groups"], key=lambda held: held.get("weight_decay", 0.0))
     kept = {kind for values in saved["state"].values() for kind in values}
     decay = float(group.get("weight_decay", 0.0))

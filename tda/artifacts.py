@@ -1,6 +1,6 @@
-"""Files between stages: where each lies, written whole or not at all.
+"""Files between stages: where each is, and reading and writing them, whole or not at all.
 
-Everything is written to `NAME.part` beside its place and renamed when whole, so a name is a state.
+Everything is written to `NAME.part` and renamed when it is whole, so a file that has its name is complete.
 """
 
 import contextlib
@@ -19,15 +19,13 @@ from typing import Any
 import polars as pl
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PROBE_BYTES = 1 << 16  # more than a file's last block has room for
-
-
+PROBE_BYTES = 1 << 16  # more than fits into a file's last block
 MEAN_FILE = "mean.safetensors"  # in a checkpoint's folder: the mean weights at which it is attributed
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where every artifact lies below `root`; the only place that knows file names."""
+    """Where every artifact is, below `root`. Nothing else knows file names."""
 
     root: Path = Path()
 
@@ -199,9 +197,9 @@ class Workspace:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield `NAME.part` beside `path` (a file or a folder), and rename it to `path` when the block ends well.
+    """Yield `NAME.part` beside `path` (a file or a folder), and rename it to `path` if the block succeeds.
 
-    On an error the part is removed and what stood at `path` is untouched.
+    On an error the part is removed, and whatever is at `path` stays as it was.
 
     Raises:
         OSError: the disk is full; the message says so and what to do.
@@ -228,9 +226,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _full_disk(error: Exception, part: Path) -> int:
-    """The number of the system's error if `error` comes from a full disk, else 0.
+    """The system's error number if `error` comes from a full disk, else 0.
 
-    Libraries in other languages name the number in their message, or lose it; then another write to the file tells.
+    Libraries in other languages give the number only in their message, or not at all; then another write to the file shows it.
     """
     named = re.search(r"os error (\d+)", str(error))
     code = (error.errno if isinstance(error, OSError) else None) or (int(named[1]) if named else 0)
@@ -252,19 +250,19 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` with sorted keys, so that equal values are equal bytes."""
+    """Write `value` with sorted keys, so that equal values give equal bytes."""
     with whole(path) as part:
         part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class _LackingError(KeyError, ValueError):
-    """A key that a file lacks; its message is told as that of a ValueError is, without quotes."""
+    """A key that a file lacks. Unlike a KeyError, its message is printed without quotes."""
 
     __str__ = ValueError.__str__
 
 
 class _Object(dict):
-    """An object of a JSON file, in which a key that is missing is an error that names the file."""
+    """An object of a JSON file; the error for a missing key names the file."""
 
     def __init__(self, values: dict, *, path: Path, stage: str):
         super().__init__(values)
@@ -278,7 +276,7 @@ def read_json(path: Path, *, stage: str) -> Any:
     """The object in `path`, which `stage` makes.
 
     Raises:
-        ValueError: the file is damaged, or, when it is looked up, lacks a key.
+        ValueError: the file is damaged. Looking up a key that it lacks raises one too.
     """
     try:
         value = json.loads(
@@ -293,7 +291,7 @@ def read_json(path: Path, *, stage: str) -> Any:
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:
-    """Write `table` as Parquet; equal tables are equal bytes."""
+    """Write `table` as Parquet; equal tables give equal bytes."""
     with whole(path) as part:
         table.write_parquet(part, compression="zstd", statistics=False)
 
@@ -311,7 +309,7 @@ def read_table(path: Path, *, stage: str, columns: list[str] | None = None) -> p
 
 
 def damaged(path: Path, error: Exception, *, stage: str) -> str:
-    """What to say of a file that cannot be read, and which `stage` makes."""
+    """The message for a file, made by `stage`, that cannot be read."""
     return (
         f"{path} cannot be read: {str(error).splitlines()[0]}; expected the whole file that stage {stage} wrote; run "
         f"`dvc checkout --force {path}`, or `dvc repro --force {stage}`"

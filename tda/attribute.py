@@ -1,4 +1,4 @@
-"""`attribute`: scores of training rows for queries, of any model, by any method."""
+"""`attribute`: scores of training rows for queries, for any model and by any method."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,12 +22,16 @@ def attribute(
     retrain: Retrain | None = None,
     **settings: object,
 ) -> Scores:
-    """Scores of `train` for `queries` by `method`, one of `METHODS` or several joined by +; of several runs, their mean.
+    """Scores (query, row) of the training rows `train` for `queries`.
 
-    Positive: training on the row is predicted to lower the query's cost (`task.costs`). `settings` are those of `Settings`.
+    A positive score means that training on the row is predicted to lower the query's cost (`task.costs`).
 
-    `retrain` is for `datamodel`, where training starts from random weights: of a sequence of (row numbers, seed) it gives a model
-    trained on each, its initial weights drawn by the seed. Without it every retraining starts from the run's own initial weights.
+    `method` is one of `METHODS`, or several joined by + for their ensemble. Of several `runs`, which differ in their seed, the
+    scores are averaged. `settings` are the fields of `fitted.Settings`.
+
+    `retrain` is only for `datamodel`, and only needed if training starts from random weights. It takes a sequence of (row
+    numbers, seed) and yields a model trained on each, its initial weights drawn from the seed. Without it, every retraining
+    starts from the run's own initial weights.
 
         def retrain(trainings):
             for rows, seed in trainings:

@@ -1,4 +1,4 @@
-"""Scores of documents now against the previous audit: a verdict by stated limits, a dated page, and a history."""
+"""An audit: documents' scores compared with limits and with the previous audit; a verdict, a dated page, and a history."""
 
 import datetime
 import json
@@ -24,12 +24,12 @@ CHECKS = {
     "source_shift": "largest shift of a source",
 }
 NUM_CROSSED_SHOWN = 20
-MIN_SHIFT_DOCUMENTS = 20  # of a source now and before; the mean of fewer moves by a quarter of a deviation through chance alone
+MIN_SHIFT_DOCUMENTS = 20  # of a source, now and before; with fewer, chance alone moves the mean by a quarter of a deviation
 
 
 @dataclass(frozen=True)
 class Check:
-    """One limit and what came of it; `value` and `previous` are None where there is nothing to measure."""
+    """One limit and its outcome; `value` and `previous` are None if there is nothing to measure."""
 
     name: str
     value: float | int | None
@@ -57,11 +57,11 @@ def audit(
     counts: dict[str, int] | None = None,
     quarantine: Sequence[dict] = (),
 ) -> AuditResult:
-    """The verdict on `scored` (doc_id, content_hash, source, score, is_new), written to a folder of that date.
+    """Judge `scored` (doc_id, content_hash, source, score, is_new), and write the audit to a folder named after the date.
 
-    `counts` says what became of the rows of `audit.documents`, `quarantine` which of them were no documents.
-    A second audit on one date gets the suffix -2. The folder appears whole, and then the line of the history; the caller
-    sees to it that two audits do not run at once. Refused are a date that is none, no documents, and an id that comes twice.
+    `counts` says what became of the rows of `audit.documents`, and `quarantine` which of them were malformed. A second audit on
+    the same date gets the suffix -2. The folder appears whole, then the line of the history; the caller makes sure that two
+    audits do not run at once. An invalid date, no documents, or an id that comes twice is a ValueError.
     """
     _refuse(date, scored)
     table = scored.sort("doc_id").with_columns(pl.col("score").cast(pl.Float64).fill_null(math.nan))
@@ -129,7 +129,7 @@ def _refuse(date: str, scored: pl.DataFrame) -> None:
 
 
 def read_history(workspace: Workspace) -> list[dict]:
-    """A line per finished audit, the oldest first.
+    """An entry per finished audit, the oldest first.
 
     Raises:
         ValueError: a line is damaged.
@@ -205,9 +205,9 @@ def check_limits(
 
 
 def source_shifts(table: pl.DataFrame, earlier: pl.DataFrame | None) -> pl.DataFrame:
-    """Documents, share harmful and mean score per source; `shift` since before is in standard deviations of all earlier scores.
+    """Number of documents, share harmful, mean score and its shift since the previous audit, per source.
 
-    `compared` marks the sources with enough documents for a limit on the shift.
+    `shift` is in standard deviations of all earlier scores. `compared` marks sources with enough documents for a limit on it.
     """
 
     def per_source(scores: pl.DataFrame) -> pl.DataFrame:
@@ -232,7 +232,7 @@ def source_shifts(table: pl.DataFrame, earlier: pl.DataFrame | None) -> pl.DataF
 
 
 def crossed_documents(table: pl.DataFrame, earlier: pl.DataFrame | None) -> pl.DataFrame | None:
-    """Documents of unchanged content whose score has the other sign than before, largest change first; None without a before."""
+    """Unchanged documents whose score has changed its sign, largest change first; None if there is no previous audit."""
     if earlier is None:
         return None
     both = _in_both(table, earlier)

@@ -1,8 +1,8 @@
-"""Scores for an audit: training documents and new ones on the scoring half of the targets, with the checkpoints at hand.
+"""Scores for an audit: SOURCE scores of training documents and of new ones, for the scoring half of the targets.
 
-New documents get gradient rows in the tables of the store, beside those of the training documents, and are scored as if they had
-been seen as often as the average document: 1/N of every segment's learning rate. The pipeline's own manifests and tags stay as
-they are.
+The existing checkpoints are used. New documents get gradient rows in the store's tables, beside those of the training
+documents, and are scored as if they had been seen as often as the average document, for 1/N of every segment's learning rate.
+The pipeline's own manifests and tags stay as they are.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from tda.prepare import closes_documents, document_table, read_source
 from tda.scoring import Attribution, RowDot, load_attribution, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
 
-PART = "mixed"  # of new documents: training has not seen them, so nothing depends on it
+PART = "mixed"  # the part of new documents: as training has not seen them, nothing depends on it
 
 
 @dataclass(frozen=True)
 class NewDocuments:
-    """The documents of `audit.documents` that training has not seen, what became of the others, and rows that are no document."""
+    """The documents of `audit.documents` that training has not seen, counts of the others, and malformed rows."""
 
     table: pl.DataFrame  # columns of `prepare/documents.parquet`, by id
     counts: dict[str, int]
@@ -82,7 +82,7 @@ def _why_none(location: str, counts: dict[str, int]) -> str:
 
 
 def new_documents(config: Config, workspace: Workspace, *, known: list[pl.DataFrame]) -> NewDocuments:
-    """The documents of `audit.documents`, read and tokenised as `prepare` does it, that have no id or text of a `known` one."""
+    """The documents of `audit.documents`, read and tokenised as `prepare` does, without those whose id or text is `known`."""
     recipe, location = config.prepare, config.audit.documents
     if not location:
         return NewDocuments(known[0].head(0), {}, [])
@@ -118,7 +118,7 @@ def new_documents(config: Config, workspace: Workspace, *, known: list[pl.DataFr
 def _with_new(
     config: Config, workspace: Workspace, attribution: Attribution, *, audited: pl.DataFrame, new: pl.DataFrame
 ) -> tuple[Attribution, RowDot]:
-    """The attribution of the training documents to audit, then the new ones; and the dot products with both's rows."""
+    """The attribution for the audited training documents, then the new ones; and dot products with the rows of both."""
     num_trained, num_segments = attribution.exposure.shape
     exposure = np.concatenate([attribution.exposure[: len(audited)], np.full((len(new), num_segments), 1 / num_trained)])
     trained_dot = store_dot(config, workspace, attribution, audited["id"].to_list())

@@ -1,16 +1,16 @@
-"""Influence functions where the counterfactual training ends, at weights averaged over the trajectory there.
+"""Influence functions at mean weights, around the point of the run where a retraining would end.
 
-    score(n) = 1/N < (G + (w + 4/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that place
+    score(n) = 1/N < (G + (w + 4/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that point
 
-It differs from EK-FAC influence at the last checkpoint in three things (EXPERIMENTS.md says what each is worth):
+It differs from EK-FAC influence at the last checkpoint in three ways (EXPERIMENTS.md says what each is worth):
 
-- Place. Training on a half of the rows for as many epochs takes half the steps, and ends near where the run was at half its
-  length. A score linearised there predicts it; at the end of the run, rows that were learned by heart have no gradient left.
-  `counterfactual_end` says where: 0.5 for a half of the steps, 1 for retraining with as many steps as the run took.
-- Weights. One iterate is the expected one plus the noise of its last batches, which gradients and slopes of costs feel in full.
-  The mean over a third of the run has little of it.
-- Curvature. The whole Gauss-Newton matrix of all tracked layers, P its optimizer's preconditioner, with SOURCE's damping, in
-  place of EK-FAC's blocks: queries are solved together by block Krylov, from EK-FAC's answer, on a few rows.
+- Where. A retraining on half the rows for the same epochs takes half the steps, so it ends near where the run was at half its
+  length, and scores linearised there predict it better. At the end of the run, memorised rows have no gradient left.
+  `counterfactual_end` sets the point: 0.5 for half the steps, 1 for a retraining with as many steps as the run.
+- Weights. A single iterate carries the noise of its last batches, which its gradients show in full. The mean over a third of the
+  run carries little of it.
+- Curvature. Instead of EK-FAC's blocks, the Gauss-Newton matrix G of all tracked layers, preconditioned by the optimizer's P and
+  damped as SOURCE implies. All queries are solved together by block Krylov, from EK-FAC's answer, with G on a few rows.
 """
 
 import math
@@ -26,26 +26,26 @@ from tda.solve import DampedCurvature, respond
 from tda.source import Gradients
 from tda.trajectory import at_mean
 
-WINDOW = 1 / 3  # of the run, around the counterfactual's end
-BLOCK_VALUES = 2**26  # numbers of the queries that are solved together: about a dozen times as many are held
+WINDOW = 1 / 3  # the part of the run, around the counterfactual's end, whose weights are averaged
+BLOCK_VALUES = 2**26  # values of the queries that are solved together; the solver holds about a dozen times as many
 
 
-def averaged_influence_scores(run: Fitted) -> np.ndarray:
+def averaged_influence_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's mean cost when the row is left out of training."""
-    steps = [checkpoint.step for checkpoint in run.run.checkpoints]
-    place = at_mean_of(run, around(steps, run.settings.counterfactual_end))
-    return rows_under(place, averaged_response(place, place.query_gradients))
+    steps = [checkpoint.step for checkpoint in fitted.run.checkpoints]
+    place = at_mean_of(fitted, around(steps, fitted.settings.counterfactual_end))
+    return row_scores(place, averaged_response(place, place.query_gradients))
 
 
-def at_mean_of(run: Fitted, checkpoints: Sequence[int]) -> Fitted:
-    """The run as one segment, seen at the mean weights of the stretches of training that end at these checkpoints, by index."""
-    num_rows = math.ceil(run.settings.solver_terms / run.train.num_loss_tokens.mean())
-    settings = replace(run.settings, num_segments=1, solver_examples=num_rows)
-    return Fitted(at_mean(run.run, checkpoints), run.task, run.train, run.queries, settings)
+def at_mean_of(fitted: Fitted, checkpoints: Sequence[int]) -> Fitted:
+    """The run as one segment, at its mean weights over the stretches of training that end at these checkpoints (indices)."""
+    num_rows = math.ceil(fitted.settings.solver_terms / fitted.train.num_loss_tokens.mean())
+    settings = replace(fitted.settings, num_segments=1, solver_examples=num_rows)
+    return Fitted(at_mean(fitted.run, checkpoints), fitted.task, fitted.train, fitted.queries, settings)
 
 
 def averaged_response(place: Fitted, query: Gradients) -> Gradients:
-    """(G + (w + damping) P^-1)^-1 of query gradients at that place."""
+    """(G + (w + damping) P^-1)^-1 q for query gradients q, with the curvature of `place`, as `at_mean_of` gives it."""
     (segment,) = place.segments
     (dynamics,) = place.dynamics
     damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + place.settings.damping_scale / segment.time)
@@ -59,15 +59,15 @@ def averaged_response(place: Fitted, query: Gradients) -> Gradients:
     return respond(query, curvature, solve, queries_at_once=max(1, BLOCK_VALUES // values))
 
 
-def rows_under(place: Fitted, response: Gradients) -> np.ndarray:
-    """(query, row) scores from the responses."""
+def row_scores(place: Fitted, response: Gradients) -> np.ndarray:
+    """(query, row) scores from responses to the queries."""
     (segment,) = place.segments
     received = place.exposure / segment.tokens_per_document
-    return (received * place.dot(segment, 0, response)).T
+    return (received * place.dot(0, response)).T
 
 
 def around(steps: Sequence[int], end: float) -> list[int]:
-    """The checkpoints at `steps`, by index, whose stretches of training lie in the third around `end`, a part of the run."""
+    """The indices of the checkpoints at `steps` whose stretches of training lie in the `WINDOW` around `end` (0 to 1)."""
     ends = np.array([0, *steps])
     centres = (ends[:-1] + ends[1:]) / 2 / ends[-1]
     start = min(max(end - WINDOW / 2, 0), 1 - WINDOW)

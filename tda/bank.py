@@ -1,4 +1,4 @@
-"""A ground-truth bank: what became of fixed queries when models were retrained on random subsets of the rows."""
+"""A ground-truth bank: measurements of fixed queries after models were retrained on random subsets of the rows."""
 
 import dataclasses
 import os
@@ -19,11 +19,11 @@ TABLES = ("masks", "measurements", "x_train", "x_query", "recipe")  # every bank
 
 @dataclass(frozen=True)
 class Bank:
-    """The answer that an attribution method has to predict."""
+    """Rows, queries, and the outcomes of retraining that an attribution method has to predict."""
 
     masks: Bool[np.ndarray, "subset row"]  # True: kept
     measurements: Float[np.ndarray, "subset repeat query"]
-    full_runs: Float[np.ndarray, "run query"]  # some runs on all rows; there may be none
+    full_runs: Float[np.ndarray, "run query"]  # measurements after training on all rows; there may be none
     data: BankData
     recipe: Recipe
 
@@ -34,10 +34,10 @@ class Bank:
 
 
 def ceiling(bank: Bank) -> float | None:
-    """The reliability of the bank: no method can be expected to have a higher LDS. None if nothing was repeated.
+    """The noise ceiling: the highest LDS that a method can be expected to reach. None if nothing was repeated.
 
-    Spearman over subsets between the means of the two halves of the repeats, averaged over queries, stepped up to all repeats by
-    the Spearman-Brown formula; its square root is the correlation with what infinitely many repeats would give.
+    It is Spearman's correlation over subsets between the means of the two halves of the repeats, averaged over queries, and
+    stepped up to all repeats by the Spearman-Brown formula. Its square root is the correlation with infinitely many repeats.
     """
     repeats = bank.measurements.shape[1]
     half = repeats // 2
@@ -50,7 +50,7 @@ def ceiling(bank: Bank) -> float | None:
 
 
 def load_bank(path: str | Path) -> Bank:
-    """The bank in `path`, checked: every array is there, their shapes agree, and the recipe is one that is known.
+    """The bank in `path`, checked: every array is there, their shapes agree, and the recipe is valid.
 
     Raises:
         FileNotFoundError: there is no such file, or the language model that it names is not where it says.

@@ -1,7 +1,7 @@
-"""Runs on all rows of a bank, and what methods say of them; both kept in files, so that nothing is worked out twice.
+"""Recorded runs on all rows of a bank, and methods' scores of them, both cached in files.
 
-A run is kept under the digest of data, recipe and the code that trains, scores under that of all the code: after a change of
-either they are made again.
+A run is cached under the digest of data, recipe and the code that trains, scores under that of all the code. If one of these
+changes, they are made again.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ TRAINING_CODE = ("bank_training.py", "counterfactual.py", "losses.py", "task.py"
 
 @dataclass(frozen=True)
 class Scored:
-    """What a method says of one run, and what it took."""
+    """A method's scores of one run, and what computing them took."""
 
     values: np.ndarray  # (query, row), or (row) of rows for themselves
     usage: Usage
@@ -97,10 +97,10 @@ class RunStore:
         self._each(work, missing, "training the models to attribute", "run")
 
     def scores(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[Scored]]:
-        """By variant, its (query, row) scores of every seed's run; made where they are missing, runs too.
+        """By variant, its (query, row) scores of every seed's run. Missing scores and runs are made.
 
-        What variants are put together from is worked out once. Each costs what its parts do; putting together is not counted (a
-        datamodel's takes .3 s for a hundred queries and retrainings, 6,000 rows).
+        Parts that several variants share are computed once, and the usage of a variant is that of its parts. Combining them is
+        not counted (for a datamodel with a hundred queries and retrainings and 6,000 rows it takes .3 s).
         """
         leaves = {leaf.label: leaf for variant in variants for leaf in self._leaves(variant)}
         made = self._made("", list(leaves.values()), seeds, self._score)
@@ -122,7 +122,7 @@ class RunStore:
         return variant.parts(self.recipe.task, self._train)
 
     def _leaves(self, variant: Variant) -> list[Variant]:
-        """What is worked out by itself of all that the variant is put together from."""
+        """The parts of the variant, and parts of these, that have no parts themselves: what has to be computed."""
         return [leaf for part in self._parts(variant) for leaf in self._leaves(part)] or [variant]
 
     def _put_together(self, variant: Variant, seed: int, made: dict[str, Scored]) -> Scored:
@@ -186,7 +186,7 @@ def _settings(variant: Variant, seed: int) -> dict:
 
 
 class _NoTerminal:
-    """A stream on which no progress bar is drawn, so that those of methods do not get in the way of our own."""
+    """A stream that is no terminal, so that methods draw no progress bars into ours."""
 
     def __init__(self, stream: Any):
         self._stream = stream

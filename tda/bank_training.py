@@ -1,4 +1,4 @@
-"""Models trained by a bank's recipe: one with its trajectory recorded, or many, for what becomes of the queries."""
+"""Training models by a bank's recipe: a single one with its trajectory recorded, or many, to measure the queries after each."""
 
 import itertools
 import math
@@ -18,15 +18,15 @@ from tda.recipe import CausalLMModel, MLPModel, Recipe, Training
 from tda.trajectory import Optimizer, Recorder, Run
 
 STACK_PARAMETERS, LARGEST_STACK = 400_000, 64
-ATTRIBUTED, SUBSET, FULL, REMOVAL, RETRAINED = 1, 2, 3, 4, 5  # what for: a run's first seed, so that no two kinds share one
+ATTRIBUTED, SUBSET, FULL, REMOVAL, RETRAINED = 1, 2, 3, 4, 5  # kinds of runs: the first seed, so that no two kinds share seeds
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model to train: on which rows, and from which seeds."""
+    """A model to train: its rows and its seeds."""
 
     rows: np.ndarray  # row numbers
-    seed: tuple[int, int, int]  # what for, and two numbers within that
+    seed: tuple[int, int, int]  # the kind of run, and two numbers within that kind
 
 
 def initial_model(recipe: Recipe, seed: Sequence[int]) -> nn.Module:
@@ -39,14 +39,14 @@ def initial_model(recipe: Recipe, seed: Sequence[int]) -> nn.Module:
 
 
 def schedule(rows: np.ndarray, training: Training, seed: Sequence[int]) -> list[np.ndarray]:
-    """The rows of every step: each epoch a fresh permutation by `seed`, its last batch as short as it comes."""
+    """The rows of every step: each epoch is a fresh permutation by `seed`, and its last batch may be short."""
     random = np.random.default_rng(_words(seed)[1])
     orders = [random.permutation(rows) for _ in range(training.epochs)]
     return [order[start : start + training.batch] for order in orders for start in range(0, len(order), training.batch)]
 
 
 def _words(seed: Sequence[int]) -> tuple[int, int]:
-    """Independent seeds for the weights and for the order."""
+    """Independent seeds for the initial weights and for the order of rows."""
     weights, order = np.random.SeedSequence(list(seed)).generate_state(2)
     return int(weights), int(order)
 
@@ -94,7 +94,7 @@ def train_run(data: Data, recipe: Recipe, *, rows: np.ndarray, seed: Sequence[in
 def outcomes(
     jobs: Sequence[Job], recipe: Recipe, *, train: Data, queries: Data
 ) -> tuple[Float[np.ndarray, "job query"], Float[np.ndarray, "job query"]]:
-    """The measurement of every query after each job, and whether it was classified rightly (1, 0; NaN without classes)."""
+    """The measurement of every query after each job, and whether it was classified correctly (1 or 0; NaN without classes)."""
     if models_at_once(recipe) > 1:
         return measure_stack(train_stack(jobs, recipe, train), recipe, queries)
     values, correct = np.empty((2, len(jobs), len(queries)))
@@ -108,10 +108,10 @@ def outcomes(
 
 
 def models_at_once(recipe: Recipe) -> int:
-    """How many models are best trained as one stack: as many small ones as stay in the processor's cache, 1 of any other.
+    """How many models are best trained as one stack: as many small MLPs as fit into the processor's cache, else 1.
 
-    On one CPU thread a network of 34,000 parameters takes 0.33 of its time alone in stacks of 8 to 16, one of 570,000 takes 1.5
-    to 2 times as long in a stack of any size.
+    On one CPU thread, a network with 34,000 parameters takes 0.33 times as long in stacks of 8 to 16 as alone; one with 570,000
+    takes 1.5 to 2 times as long in a stack of any size.
     """
     if not isinstance(recipe.model, MLPModel):
         return 1
@@ -125,7 +125,7 @@ def measure(model: nn.Module, recipe: Recipe, queries: Data) -> Float[np.ndarray
 
 
 def retrained_by_recipe(trainings: Sequence[Retraining], recipe: Recipe, data: Data) -> Iterator[nn.Module]:
-    """The model of every training from a start of its own seed, at the mean of its last weights; see `counterfactual.Retrain`."""
+    """A `counterfactual.Retrain` by the recipe: every model starts from its own seed, and has the mean of its last weights."""
     size = models_at_once(recipe)
     jobs = [Job(rows, (RETRAINED, seed, 0)) for rows, seed in trainings]
     for start in range(0, len(jobs), size):
@@ -136,7 +136,7 @@ def retrained_by_recipe(trainings: Sequence[Retraining], recipe: Recipe, data: D
 
 
 def train_job(job: Job, recipe: Recipe, data: Data, *, averaged: bool = False) -> nn.Module:
-    """The model of one job, by `train_one`; or at the mean of its last weights."""
+    """The model of one job, by `train_one`; with the mean of its last weights if `averaged`."""
     model = initial_model(recipe, job.seed)
     steps = schedule(job.rows, recipe.training, job.seed)
     tail = TailMean(model, len(steps) if averaged else 0)
@@ -146,7 +146,7 @@ def train_job(job: Job, recipe: Recipe, data: Data, *, averaged: bool = False) -
 
 
 def train_stack(jobs: Sequence[Job], recipe: Recipe, data: Examples, *, averaged: bool = False) -> ModelStack:
-    """The models of all `jobs`, each as `train_one` makes it, up to rounding; or at the mean of its last weights."""
+    """The models of all `jobs`, each as `train_one` makes it, up to rounding; with means of their last weights if `averaged`."""
     stack = ModelStack([initial_model(recipe, job.seed) for job in jobs])
     parameters = list(stack.parameters())
     optimizer = StackOptimizer(parameters, recipe.training)
@@ -165,7 +165,7 @@ def train_stack(jobs: Sequence[Job], recipe: Recipe, data: Examples, *, averaged
 
 
 def _padded(batches_: Sequence[np.ndarray], width: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (model * width), short batches filled up with row 0; and how many of each model's are real."""
+    """Row numbers (model * width), with short batches filled up by row 0; and the number of real rows of each model."""
     rows = np.zeros((len(batches_), width), dtype=np.int64)
     for place, batch in enumerate(batches_):
         rows[place, : len(batch)] = batch
@@ -176,7 +176,7 @@ def _padded(batches_: Sequence[np.ndarray], width: int) -> tuple[Tensor, Tensor]
 def measure_stack(
     stack: ModelStack, recipe: Recipe, queries: Examples
 ) -> tuple[Float[np.ndarray, "job query"], Float[np.ndarray, "job query"]]:
-    """The measurement of every query under every model, and whether it was classified rightly (1, 0; NaN without classes)."""
+    """The measurement of every query under every model, and whether it was classified correctly (1 or 0; NaN without classes)."""
     shape = (stack.num_models, len(queries))
     x = queries.x.repeat(stack.num_models, 1)
     y = queries.y.repeat(stack.num_models, *[1] * (queries.y.ndim - 1))

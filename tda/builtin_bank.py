@@ -1,7 +1,7 @@
-"""A small bank from data that are always there: whose documentation is this, told from the words of `builtin:python`.
+"""A small bank from data that are always there: classifying docstrings of `builtin:python` by the package that they come from.
 
-A row is the body of a docstring as word counts, its class the package it comes from. A tenth of the training rows are given the
-label of another class (`flipped`). It takes a few minutes on two cores.
+A row is the word counts of a docstring's body, its class the package. A tenth of the training rows get the label of another
+class (`flipped`). Making it takes a few minutes on two cores.
 """
 
 import re

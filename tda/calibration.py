@@ -1,8 +1,8 @@
-"""How fast this machine does what the stages do: operations per second of each kind of pass, on the model's own shapes.
+"""How fast this machine is at what the stages do: operations per second of each kind of pass, at the model's own shapes.
 
-Every pass is the pipeline's own function, on a few batches of the corpus, or on a part of the model where the whole would take
-long: a few of its blocks, a few documents. Seconds are the process's own, so that what else the machine does counts little; how
-much longer the clock took is measured beside them.
+Every pass is the pipeline's own function, run on a few batches of the corpus, and of a large model on a few of its blocks.
+Seconds are processor time, so that what else the machine does counts little; how much longer the wall clock took is measured
+beside them.
 """
 
 import copy
@@ -36,7 +36,7 @@ from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import gauss_newton_product, queries_at_once
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import build_model, load_model, num_parameters, num_trained_parameters
+from tda.model import EVERY_LAYER, build_model, load_model, num_parameters, num_trained_parameters
 from tda.parallel import parallel_map
 from tda.projection import random_projections
 from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PASSES = ("training", "forward", "covariances", "eigenvalues", "rows", "queries", "dots", "product")
-SECONDS = 0.4  # of one kind of pass
-PROBE = 1e9  # operations of the matrix product that says how large a part of the model can be run
-MOST_STEPS = 6  # of training
-LEAST_TOKENS = 256  # of a batch: fewer do not keep a processor busy
-TRAINING_BYTES = 16  # of a parameter: weight, gradient and two moments
+SECONDS = 0.4  # for which one kind of pass is timed
+PROBE = 1e9  # operations of the matrix product that shows how large a part of the model can be run
+MOST_STEPS = 6  # of training that are timed
+LEAST_TOKENS = 256  # in a batch: fewer do not keep a processor busy
+TRAINING_BYTES = 16  # per parameter: weight, gradient and two moments
 CUT_VOCABULARY = 4096  # tokens that a sample of a large model knows
 STORED_BYTES = 16 * 2**20  # of rows that are written to a store, sealed and read
-WRITTEN_BYTES = 64 * 2**20  # of a file that the disk is tried with
-IMPORTS = (  # what stages load, by kind; in a chain the later ones load all that comes before
+WRITTEN_BYTES = 64 * 2**20  # of the file that times the disk
+IMPORTS = (  # what stages load, by kind; within a chain, each entry loads all that comes before it
     {
         "torch": "import tda.cli, tda.pipeline, tda.stages, tda.data, tda.parallel",
         "model": "import tda.run; from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM; "
@@ -78,7 +78,7 @@ class Startup:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine does. Rates are those of one process, per second of the processor's time."""
+    """What a machine can do. Rates are those of one process, per second of processor time."""
 
     name: str
     workers: int
@@ -102,7 +102,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sample:
-    """The model that is calibrated with, or a part of it, and what of it its backward pass keeps."""
+    """The model or a part of it, for calibration."""
 
     model: nn.Module
     shapes: Decoder
@@ -191,7 +191,7 @@ def matrix_rate(shapes: Decoder) -> float:
 
 
 def sample_of(config: Config, documents: Documents, *, vocabulary: int) -> Sample:
-    """As much of the model as a few batches can be run of in the time of a calibration."""
+    """As many blocks of the model, and tokens in a batch, as can be run in the time of a calibration."""
     torch.set_num_threads(1)
     _model, whole = sample_model(config, vocabulary=vocabulary, blocks=1)
     rate = matrix_rate(whole)
@@ -245,14 +245,17 @@ def _kept_bytes(model: nn.Module, shapes: Decoder, batch: Batch) -> dict[str, in
 def calibrate(
     config: Config, sample: Sample, steps: Sequence[Step], *, workers: int, folder: Path, flops: float | None = None
 ) -> Machine:
-    """The machine at hand, measured with the model's own passes on some of the corpus; `folder` is on the disk of the run."""
+    """The machine at hand, measured with the model's own passes on some of the corpus; `folder` is on the run's disk.
+
+    With `flops` no pass is timed: these are the operations per second of another machine.
+    """
     documents = sample.documents
     if flops is None:
-        rates, slowdown, alone, cores, fork, worker_bytes = _passes(config, sample, steps, documents, workers=workers)
-        rates |= {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
-    else:  # of another machine: no pass is run
-        rates, slowdown, alone, cores = dict.fromkeys((*PASSES, "eigh", "algebra"), flops), 1.0, 1.0, float(workers)
-        fork, worker_bytes = 0.0, 0
+        passes = _passes(config, sample, steps, workers=workers)
+        rates = passes.rates | {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
+    else:  # another machine: no pass is run
+        rates = dict.fromkeys((*PASSES, "eigh", "algebra"), flops)
+        passes = _Passes(rates, slowdown=1.0, alone=1.0, cores=float(workers), fork=0.0, worker_bytes=0)
     load, save, load_bytes = _checkpoint_seconds(config, sample)
     texts = [" ".join(map(str, row.tolist())) for row in documents.tokens[:512]]
     words = _seconds(lambda: bm25_scores(texts, texts[:64])) / len(texts)
@@ -266,9 +269,9 @@ def calibrate(
         name="this machine, measured now" if flops is None else f"a machine of {flops:.3g} operations a second",
         workers=workers,
         rates=rates,
-        slowdown=slowdown,
-        alone=alone,
-        cores=cores,
+        slowdown=passes.slowdown,
+        alone=passes.alone,
+        cores=passes.cores,
         disk=disk,
         stored=stored,
         scanned=scanned,
@@ -277,15 +280,15 @@ def calibrate(
         load_bytes=load_bytes,
         words=words,
         startups=startups,
-        fork=fork,
-        worker_bytes=worker_bytes,
+        fork=passes.fork,
+        worker_bytes=passes.worker_bytes,
         free_memory=free_memory(),
         free_disk=shutil.disk_usage(folder).free,
     )
 
 
 def given(machine: Machine, *, disk: float | None, memory: float | None) -> Machine:
-    """The machine with what is given of another in place of what was measured here: bytes written a second, bytes of memory."""
+    """The machine with the disk (bytes written per second) and the memory (bytes) of another, where they are given."""
     told: dict[str, Any] = {}
     if disk is not None:
         told |= {"disk": disk, "stored": min(disk, machine.stored)}
@@ -294,11 +297,62 @@ def given(machine: Machine, *, disk: float | None, memory: float | None) -> Mach
     return replace(machine, **told)
 
 
-def _passes(
-    config: Config, sample: Sample, steps: Sequence[Step], documents: Documents, *, workers: int
-) -> tuple[dict[str, float], float, float, float, float, int]:
-    """Rates of all kinds of passes; how much slower beside others; clock per processor second; cores; a fork; its bytes."""
+@dataclass(frozen=True)
+class _Passes:
+    """What timing the passes shows of this machine; see the fields of `Machine`."""
+
+    rates: dict[str, float]
+    slowdown: float
+    alone: float
+    cores: float
+    fork: float
+    worker_bytes: int
+
+
+def _passes(config: Config, sample: Sample, steps: Sequence[Step], *, workers: int) -> _Passes:
+    """Time every kind of pass: the rows in all workers at once, then each kind in this process alone."""
+    actions = _actions(config, sample, steps)
+    rows = actions["rows"][0]
+    parent = os.getpid()
+
+    def in_worker(_number: int) -> tuple[float, int, float, int]:
+        """Processor seconds, repeats, wall-clock seconds, and a worker's own bytes."""
+        with measured() as usage:
+            rows()  # warm
+            began, start = time.perf_counter(), time.process_time()
+            repeats = 0
+            while time.process_time() - start < SECONDS or not repeats:
+                rows()
+                repeats += 1
+            spent, clock = time.process_time() - start, time.perf_counter() - began
+        return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + (_own_bytes() if os.getpid() != parent else 0)
+
+    before = _children()
+    outcome = list(parallel_map(in_worker, range(workers), workers=workers, description="calibrating", unit="worker"))
+    forked = _children() - before
+    spent = {}
+    began, start = time.perf_counter(), time.process_time()
+    for name, (action, _flops) in actions.items():
+        spent[name] = _seconds(action)
+        if spent[name] < 2 * SECONDS:
+            spent[name] = min(_seconds(action) for _ in range(2))  # the first is slower: it asks the system for memory
+    alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
+    working = sum(seconds + seconds / repeats for seconds, repeats, _clock, _bytes in outcome)
+    each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)
+    return _Passes(
+        rates={name: flops / spent[name] for name, (_action, flops) in actions.items()},
+        slowdown=max(1.0, each / spent["rows"]),
+        alone=alone,
+        cores=sum(seconds / clock for seconds, _repeats, clock, _bytes in outcome),
+        fork=max(0.0, (forked - working) / workers),
+        worker_bytes=max(own for *_rest, own in outcome),
+    )
+
+
+def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str, tuple[Callable[[], object], int]]:
+    """Every kind of pass on a few batches, and the operations that it takes."""
     model, shapes = sample.model, costs.tracking(sample.shapes, _pattern(config, sample.shapes))
+    documents, rank = sample.documents, config.gradients.rank
     layers = list(shapes.tracked)
     lengths, predictions = documents.lengths, documents.num_loss_tokens
     plan = batch_plan(lengths, batch_tokens=sample.batch_tokens)
@@ -310,7 +364,7 @@ def _passes(
     one = costs.training_step(shapes, load_of([taken[0].rows], lengths, predictions)) / matrix_rate(shapes)
     taken = taken[: min(MOST_STEPS, max(1, int(SECONDS / one)))]
     task, generator = CausalLM(), torch.Generator().manual_seed(0)
-    projections = random_projections(layers, rank=config.gradients.rank, seed=0)
+    projections = random_projections(layers, rank=rank, seed=0)
     optimizer = make_optimizer(model, config.train)
     batches = [documents.batch(rows) for rows in plan]
     basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
@@ -323,8 +377,7 @@ def _passes(
     def load(rows: Sequence[Sequence[int]]) -> costs.Load:
         return load_of(rows, lengths, predictions)
 
-    rank = config.gradients.rank
-    actions: dict[str, tuple[Callable[[], object], float]] = {
+    return {
         "covariances": (
             lambda: covariances(model, layers, batches, task=task, generator=generator),
             costs.covariance_pass(shapes, load(plan)),
@@ -355,43 +408,13 @@ def _passes(
         ),
     }
 
-    parent = os.getpid()
-
-    def together(_number: int) -> tuple[float, int, float, int]:
-        with measured() as usage:
-            actions["rows"][0]()  # warm
-            began, start = time.perf_counter(), time.process_time()
-            repeats = 0
-            while time.process_time() - start < SECONDS or not repeats:
-                actions["rows"][0]()
-                repeats += 1
-            spent, clock = time.process_time() - start, time.perf_counter() - began
-        return spent, repeats, clock, int(usage.peak_rise_mib * 2**20) + (_own_bytes() if os.getpid() != parent else 0)
-
-    before = _children()
-    outcome = list(parallel_map(together, range(workers), workers=workers, description="calibrating", unit="worker"))
-    forked = _children() - before
-    spent = {}
-    began, start = time.perf_counter(), time.process_time()
-    for name, (action, _flops) in actions.items():
-        spent[name] = _seconds(action)
-        if spent[name] < 2 * SECONDS:
-            spent[name] = min(_seconds(action) for _ in range(2))  # the first is slower: it asks the system for memory
-    alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
-    rates = {name: flops / spent[name] for name, (_action, flops) in actions.items()}
-    working = sum(seconds + seconds / repeats for seconds, repeats, _clock, _bytes in outcome)
-    fork = max(0.0, (forked - working) / workers)
-    each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)
-    cores = sum(seconds / clock for seconds, _repeats, clock, _bytes in outcome)
-    return rates, max(1.0, each / spent["rows"]), alone, cores, fork, max(own for *_rest, own in outcome)
-
 
 def _pattern(config: Config, shapes: Decoder) -> str:
     """`curvature.layers`, or all layers where the blocks at hand have none of those."""
     try:
         costs.tracking(shapes, config.curvature.layers)
     except ValueError:
-        return ".*"
+        return EVERY_LAYER
     return config.curvature.layers
 
 

@@ -1,7 +1,8 @@
-"""Inputs and pseudo-gradients of every tracked layer during one backward pass. The only file with hooks.
+"""Inputs and pseudo-gradients of every tracked layer in one forward and backward pass. The only module with hooks.
 
-All parameters are frozen. What the pass is differentiated with respect to are the outputs of the layers that nothing before them
-depends on, so that no weight gradient is ever formed, nor anything below the first tracked layer.
+A layer's gradient for one example is the sum over positions of `Ds a^T`, so these two are all that any method needs. Parameters
+are frozen during the pass, and autograd starts at the outputs of the first tracked layers: no weight gradient is formed, and
+nothing below them is differentiated.
 """
 
 import contextlib
@@ -17,25 +18,24 @@ Consume = Callable[[Layer, Tensor | None, Tensor], None]
 
 @contextlib.contextmanager
 def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consume: Consume) -> Iterator[None]:
-    """Inside the block, every backward pass hands over each layer's input and pseudo-gradient.
+    """Inside the block, every pass through `model` calls `encode` with each layer's input and `consume` with its pseudo-gradient.
 
-    `encode(layer, a)` gets the input `a` (batch, position, inputs), once for all layers that share it (`layer` is the first of
-    them), and returns what is to be kept of it, for all of them, until the backward pass reaches the layer.
-    `consume(layer, kept, Ds)` then gets that and the gradient `Ds` (batch, position, d_out) at the layer's output. Positions are
-    those of `model.layer_inputs`.
+    `encode(layer, a)` is called in the forward pass with the input `a` (batch, position, inputs), once for all layers of a group
+    (`layer` is the first of them), and returns what to keep of it. `consume(layer, kept, Ds)` is called in the backward pass with
+    that and with the gradient `Ds` (batch, position, d_out) at the layer's output. `model.layer_inputs` says what positions are.
 
     Raises:
         ValueError: the model is in training mode, where dropout would make every gradient wrong.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
-    plain_head(model)  # what it has to run, it runs before there are hooks
+    plain_head(model)  # probes a model it has not seen: before there are hooks
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in layers}
     shape: Sequence[int] = ()
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     last_of_group = {layer.group: layer.name for layer in layers}
-    shared: dict[str, tuple[Tensor, Tensor | None]] = {}  # by group, until its last layer has run; others may run in between
+    shared: dict[str, tuple[Tensor, Tensor | None]] = {}  # by group: input and what is kept of it, until its last layer has run
 
     def on_input(layer: Layer, module: nn.Module, a: Tensor) -> Tensor | None:
         held = shared.get(layer.group)
@@ -49,7 +49,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             kept = on_input(layer, module, inputs[0])
             if not output.requires_grad:
-                output = output.requires_grad_().clone()  # a copy, since what follows may work in place, on no leaf
+                output = output.requires_grad_().clone()  # not the leaf itself: the next layer may change its input in place
             seen = shape
             output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, Ds, seen)))
             return output

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, read with their identity checked."""
+"""Reading the checkpoints of the pipeline's run, with checks that they belong to it and that documents fit the model."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tda.preconditioner import adam_preconditioner
 
 HASH_BLOCK = 1 << 24  # bytes
 MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-AHEAD = 1e-4  # of the logits: rounding in float32 changes less, attention to what comes more
+AHEAD = 1e-4  # relative change of the logits: float32 rounding changes them less, attention to later tokens more
 
 
 def architecture_digest(model: nn.Module) -> str:
@@ -49,10 +49,10 @@ def _digest(paths: list[Path]) -> str:
 
 
 def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
-    """Refuse documents whose tokens or whose length the model (of `origin`) has no place for, and a model that sees ahead.
+    """Refuse documents that do not fit the model (which is at `origin`), and a model that is not causal.
 
     Raises:
-        ValueError: they were tokenised for another model, or are too long; or predictions of a token know the tokens after it.
+        ValueError: documents were tokenised for another model or are too long, or predictions depend on later tokens.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     largest = max(int(row.max()) for row in documents.tokens)
@@ -77,7 +77,7 @@ def check_fits(model: nn.Module, documents: Documents, *, origin: str) -> None:
 
 @torch.no_grad()
 def sees_ahead(model: nn.Module) -> bool:
-    """Whether the logits at the first of a few tokens change with the last."""
+    """Whether the logits at the first of a few tokens depend on the last one."""
     device = next(model.parameters()).device
     tokens = (torch.tensor([[0, 1, last]]).to(device) for last in (2, 3))
     first, other = (model(input_ids=one, use_cache=False).logits[0, 0].float() for one in tokens)
@@ -85,10 +85,10 @@ def sees_ahead(model: nn.Module) -> bool:
 
 
 def load_checkpoint(workspace: Workspace, index: int, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model at a checkpoint, with its mean weights where it has any; one that is missing or truncated: FileNotFoundError.
+    """The model at a checkpoint, with its mean weights if it has any. A missing or truncated one is a FileNotFoundError.
 
     Raises:
-        ValueError: it is of another architecture than the run's.
+        ValueError: its architecture is not the run's.
     """
     training = read_json(workspace.training, stage="train")
     expected = training["architecture_digest"]
@@ -103,14 +103,14 @@ def load_checkpoint(workspace: Workspace, index: int, *, dtype: torch.dtype = to
     mean = folder.parent / MEAN_FILE
     if mean.exists():
         try:
-            model.load_state_dict(load_file(mean), strict=False)  # tied weights are there once
+            model.load_state_dict(load_file(mean), strict=False)  # tied weights are in it only once
         except SafetensorError as error:
             raise FileNotFoundError(damaged(mean, error, stage="train")) from error
     return freeze(model, training.get("frozen", []))
 
 
 def second_moments(workspace: Workspace, index: int) -> dict[str, Tensor]:
-    """AdamW's second moments at a checkpoint, by parameter name; without optimizer state: FileNotFoundError."""
+    """AdamW's second moments at a checkpoint, by parameter name. A missing optimizer state is a FileNotFoundError."""
     kind = "exp_avg_sq."
     return {name.removeprefix(kind): v for name, v in optimizer_state(workspace, index).items() if name.startswith(kind)}
 
@@ -138,7 +138,7 @@ def optimizer_state(workspace: Workspace, index: int) -> dict[str, Tensor]:
 def preconditioner(
     workspace: Workspace, checkpoints: list[int], layers: list[Layer], *, beta2: float, epsilon: float
 ) -> dict[str, Tensor]:
-    """AdamW's P by layer, (d_out, d_in), averaged over checkpoints; one without optimizer state: FileNotFoundError."""
+    """AdamW's P by layer, (d_out, d_in), averaged over checkpoints. A missing optimizer state is a FileNotFoundError."""
     sums: dict[str, Tensor] = {}
     for index in checkpoints:
         state = optimizer_state(workspace, index)

@@ -1,4 +1,4 @@
-"""Removes documents that are too short or say what another one says already; of equal ones, the first by id stays."""
+"""Removing documents that are too short, and duplicates and near duplicates; of these, the first by id is kept."""
 
 import re
 from collections.abc import Iterable

@@ -124,15 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
-    """A command named by the first word of its `example`."""
-    command = commands.add_parser(
+def _subparser(
+    commands: argparse._SubParsersAction, purpose: str, example: str, *, under: str = "", more: str = ""
+) -> argparse.ArgumentParser:
+    """A command named by the first word of its `example`; `under` is the command that it belongs to, `more` is added help."""
+    return commands.add_parser(
         example.split()[0],
         help=purpose,
         description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example:\n  tda {example}\n\n{EXIT_CODES}",
+        epilog=f"example:\n  tda {under}{example}\n\n{more}{EXIT_CODES}",
         formatter_class=_HelpFormatter,
     )
+
+
+def _add(commands: argparse._SubParsersAction, run: Callable, purpose: str, example: str) -> argparse.ArgumentParser:
+    """A command on the workspace, as all are but those of `tda evaluate`."""
+    command = _subparser(commands, purpose, example)
     command.set_defaults(run=run)
     command.add_argument("--params", type=Path, default="params.yaml", metavar="FILE", help="settings (default: %(default)s)")
     command.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="folder that holds data/ (default: here)")
@@ -151,13 +158,7 @@ def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     purpose = "how well attribution methods predict what removing data does"
-    evaluate = commands.add_parser(
-        "evaluate",
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example:\n  tda evaluate lds --bank bank.npz\n\n{EXIT_CODES}",
-        formatter_class=_HelpFormatter,
-    )
+    evaluate = _subparser(commands, purpose, "evaluate lds --bank bank.npz")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND [OPTION]", title="kinds")
 
     lds = _add_evaluation(
@@ -222,13 +223,7 @@ def _add_evaluation(kinds: argparse._SubParsersAction, run: Callable, purpose: s
 def _add_kind(
     kinds: argparse._SubParsersAction, run: Callable, purpose: str, example: str, *, more: str = ""
 ) -> argparse.ArgumentParser:
-    command = kinds.add_parser(
-        example.split()[0],
-        help=purpose,
-        description=purpose[0].upper() + purpose[1:] + ".",
-        epilog=f"example:\n  tda evaluate {example}\n\n{more}{EXIT_CODES}",
-        formatter_class=_HelpFormatter,
-    )
+    command = _subparser(kinds, purpose, example, under="evaluate ", more=more)
     command.set_defaults(run=run)
     command.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
     return command

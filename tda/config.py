@@ -1,7 +1,7 @@
 """The configuration: one frozen model per section of `params.yaml`, loaded once and strictly.
 
-A section has the name of the stage that reads it. An unknown key is an error that lists the known ones.
-Defaults stand in `params.yaml` only, so every key must be present there.
+A section has the name of the stage that reads it (`audit` and `compute` are no stages). An unknown key is an error that lists the
+known ones. Defaults are in `params.yaml` only, so every key must be present there.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-MAX_SEED = 10**9  # torch takes 64 bits, and curvature's generators are numbered by the seed times 1000 * 8 * 2**20
+MAX_SEED = 10**9  # generators of curvature multiply the seed by 1000 * 8 * 2**20, and torch takes 64 bits
 CURATION_METHODS = ("averaged_influence", "source", "ekfac_influence", "gradient_dot", "gradient_cosine", "bm25", "random")
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -26,25 +26,25 @@ class Prepare(Section):
     """Where documents and targets come from, how they are cleaned, split and tokenised."""
 
     documents: str = Field(min_length=1)  # builtin:python, a file or folder, or hub:<data set id>
-    split: str  # of a data set folder or hub id that has several splits
+    split: str  # which one, of a saved data set or hub id with several splits
     id_field: str  # empty: ids are made from source and content
-    text_field: str  # read when prompt_field is empty
+    text_field: str  # read if prompt_field is empty
     prompt_field: str
     completion_field: str
     source_field: str  # empty: the file's name is the source of all rows
     part_field: str  # says "general" or "mixed"; empty: general_sources decides
-    general_sources: list[str]  # the sources trained on in the first stage; the rest is the mixed part
-    targets: str  # own target set, read as documents are; empty: drawn from target_sources
+    general_sources: list[str]  # sources of the general part, which the first stage trains on; the rest is the mixed part
+    targets: str  # a target set of your own, read as documents are; empty: drawn from target_sources
     target_sources: list[str]
     num_targets: int = Field(ge=2)  # half for scoring, half for the verdict
-    num_heldout: int = Field(ge=1)  # general documents never trained on, for the general loss
-    max_documents: int = Field(ge=0)  # of the training set, drawn by hash of the id; 0: all
+    num_heldout: int = Field(ge=1)  # general documents that are never trained on, for the general loss
+    max_documents: int = Field(ge=0)  # training documents, drawn by a hash of their id; 0: all
     min_characters: int = Field(ge=0)
     near_duplicate_threshold: float = Field(ge=0, le=1)  # Jaccard similarity of word shingles; 0: exact duplicates only
     max_bad_rows: float = Field(ge=0, le=1)  # share of malformed rows above which the stage fails
-    damage: float = Field(ge=0, lt=1)  # positive control: share of training documents damaged on purpose; 0: off
-    tokenizer: str  # empty: the model's own, or a BPE trained on the corpus when the model is built here
-    vocabulary: int = Field(ge=258)  # of the BPE tokenizer trained here
+    damage: float = Field(ge=0, lt=1)  # positive control: share of training documents that are damaged on purpose; 0: off
+    tokenizer: str  # folder or hub id; empty: the model's own, or for train.model "llama" a BPE trained on the corpus
+    vocabulary: int = Field(ge=258)  # of that BPE
     context: int = Field(ge=8)  # tokens; a longer document is split into parts
     seed: Seed
 
@@ -93,7 +93,7 @@ class TrainingStage(Section):
 class Train(Section):
     """The model, its recipe, and where checkpoints are taken."""
 
-    model: str = Field(min_length=1)  # "llama": built as below; else a folder or hub id of a causal language model
+    model: str = Field(min_length=1)  # "llama": built by `architecture`; else a folder or hub id of a causal language model
     architecture: Architecture
     lora: Lora
     run: str  # an existing output folder of a Hugging Face Trainer, used instead of training
@@ -102,7 +102,7 @@ class Train(Section):
     beta1: float = Field(ge=0, lt=1)
     beta2: float = Field(ge=0, lt=1)
     epsilon: float = Field(gt=0)
-    momentum: float = Field(ge=0, lt=1)  # of sgd
+    momentum: float = Field(ge=0, lt=1)  # sgd only
     weight_decay: float = Field(ge=0)
     schedule: Literal["constant", "linear", "cosine"]
     warmup: float = Field(ge=0, lt=1)  # share of all steps
@@ -110,7 +110,7 @@ class Train(Section):
     max_gradient_norm: float = Field(ge=0)  # 0: no clipping
     stages: list[TrainingStage] = Field(min_length=1)
     checkpoints: list[int] = Field(min_length=1)  # 0, 1, ..., C - 1; one gradients task each
-    attribute_at: Literal["last", "mean"]  # a checkpoint's weights, or their mean over the steps since the one before
+    attribute_at: Literal["last", "mean"]  # a checkpoint's own weights, or their mean over the steps since the one before
     seed: Seed
 
     @model_validator(mode="after")
@@ -154,10 +154,10 @@ class Segments(Section):
 class Curvature(Section):
     """EK-FAC of each segment."""
 
-    space: Literal["full", "projected", "rows"]  # rows: projected too, and fitted from the stored rows in no pass of its own
+    space: Literal["full", "projected", "rows"]  # of gradients; rows: projected, and fitted from the stored rows without a pass
     layers: str  # regular expression on module names
-    num_documents: int = Field(ge=0)  # drawn from the documents seen in the segment; 0: all of them
-    adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters; "none" is blind to it
+    num_documents: int = Field(ge=0)  # drawn from the documents that the segment saw; 0: all of them
+    adam: Literal["scalar", "symmetric", "none"]  # how AdamW's preconditioner enters (`preconditioner.py`); none: ignored
     precision: Literal["float32", "bfloat16"]  # of weights, activations and their products; sums are in float32
     seed: Seed
 
@@ -166,8 +166,8 @@ class Gradients(Section):
     """LoGra rows of every document at every checkpoint."""
 
     projection: Literal["eigenbasis", "pca", "random"]
-    rank: int = Field(ge=1)  # on each side of every layer; a smaller layer keeps its size
-    dtype: Literal["float16", "float32", "bfloat16", "int8"]  # int8 with an exponent for every 64 values
+    rank: int = Field(ge=1)  # on each side of every layer; smaller sides keep their size
+    dtype: Literal["float16", "float32", "bfloat16", "int8"]  # of stored rows; int8 has an exponent for every 64 values
     precision: Literal["float32", "bfloat16"]  # of weights and activations; sums over tokens are in float32
     batch_tokens: int = Field(ge=1)
     seed: Seed
@@ -176,7 +176,7 @@ class Gradients(Section):
 class Scores(Section):
     """SOURCE and the baselines."""
 
-    averaged_influence: bool  # the most accurate score, which holds several full gradients in memory; the others cost little
+    averaged_influence: bool  # the most accurate score; it needs memory for about a dozen full gradients, the others need little
     measurement: Literal["loss", "margin", "log_probability"]
     damping: float = Field(gt=0)  # of the EK-FAC influence baseline, in mean eigenvalues of the layer
     seed: Seed  # of the random baseline
@@ -188,10 +188,10 @@ class Curation(Section):
     action: Literal["drop", "reweight"]
     method: str  # the score that decides, one of `CURATION_METHODS`
     drop: float = Field(ge=0)  # below 1: a share of all documents; from 1: a count
-    threshold: float | None  # if set, documents that score below it are dropped, `drop` is then an upper bound
-    max_share_per_source: float = Field(gt=0, le=1)  # of one source's documents that may be dropped
-    min_weight: float = Field(ge=0)  # of reweight
-    max_weight: float = Field(gt=0)
+    threshold: float | None  # if set, documents that score below it are dropped, and `drop` is an upper bound
+    max_share_per_source: float = Field(gt=0, le=1)  # the share of a source's documents that may be dropped
+    min_weight: float = Field(ge=0)  # reweight only
+    max_weight: float = Field(gt=0)  # reweight only
 
     @field_validator("method")
     @classmethod
@@ -245,7 +245,7 @@ class Report(Section):
 
 
 class Audit(Section):
-    """What the scheduled audit scores, and its limits; it fails when one is passed."""
+    """What an audit scores, and its limits; it fails if one is exceeded."""
 
     documents: str  # new documents to score, read as prepare.documents is, with the same fields; empty: none
     scope: Literal["new", "all"]
@@ -255,14 +255,12 @@ class Audit(Section):
 
 
 class Compute(Section):
-    """Where the work runs. Results do not depend on the number of workers, on the rest but for rounding."""
+    """Where the work runs. Results do not depend on the number of workers, and on the rest only by rounding."""
 
     device: Literal["auto", "cpu", "cuda"]
-    workers: int = Field(ge=0)  # processes of one thread each on the CPU; 0: one per core
-    factor_gib: float = Field(
-        ge=0
-    )  # what fitting curvature may take beside the model, else by blocks of layers; 0: most of what is free
-    compile: Literal["auto", "always", "never"]  # decoder layers, for the rows of gradients; auto: on a GPU
+    workers: int = Field(ge=0)  # single-threaded processes on the CPU; 0: one per core
+    factor_gib: float = Field(ge=0)  # GiB for fitting curvature; if too little, by blocks of layers; 0: most of what is free
+    compile: Literal["auto", "always", "never"]  # decoder layers, for gradient rows; auto: on a GPU
 
 
 class Config(Section):
@@ -312,7 +310,7 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which the last would count in silence."""
+    """Refuses a key that is given twice; YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}

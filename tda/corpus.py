@@ -1,8 +1,8 @@
 """`builtin:python`: the documentation of the Python standard library and of the installed packages, as a corpus.
 
 A document is one module, class or function: its qualified name with its parameters, a blank line, and the beginning of its
-docstring: what it is for and its parameters, up to the first section of another kind (an example, notes, references, ...).
-Paragraphs of the language reference are documents too. The source files are parsed, never imported.
+docstring, up to the first example, notes, references or the like. Paragraphs of the language reference are documents too.
+Source files are parsed, never imported.
 """
 
 import ast

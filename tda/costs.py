@@ -1,7 +1,7 @@
-"""What the work of each stage comes to, in floating-point operations and bytes, counted from shapes alone.
+"""The floating-point operations and bytes of every pass, counted from shapes alone.
 
-A multiply and an add are two operations. Matrix products are counted, attention as if every position saw every other; norms,
-softmax, sampling of labels and the optimizer are not. A batch costs what its padded tokens cost.
+A multiply-add is two operations. Only matrix products count, attention as if every position saw every other; norms, softmax,
+sampling of labels and the optimizer do not. A batch costs as much as its padded tokens.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from tda.ekfac import strip_width
-from tda.model import Layer, num_parameters, num_trained_parameters, tracked_layers
+from tda.model import EVERY_LAYER, Layer, num_parameters, num_trained_parameters, tracked_layers
 from tda.stored_rows import stored_bytes
 
 FLOAT = 4  # bytes of a float32
@@ -22,7 +22,7 @@ ROW_COLUMNS = 110  # bytes of a stored row beside its vector: id, content hash, 
 
 @dataclass(frozen=True)
 class Block:
-    """Attention of one block: it reads the output of the matrix before it, the one numbered `after` - 1."""
+    """Attention of one decoder block. It stands before the matrix numbered `after`."""
 
     after: int
     width: int  # heads times their size
@@ -30,7 +30,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What of a causal language model its costs depend on; `matrices` are its linear layers in the order of use."""
+    """The shapes of a causal language model that its costs depend on; `matrices` are its linear layers in the order of use."""
 
     matrices: tuple[Layer, ...]
     tracked: tuple[Layer, ...]
@@ -58,12 +58,12 @@ class Decoder:
 
     @property
     def head_is_matrix(self) -> bool:
-        """Whether the last matrix is the head: it shares no weight with the embedding."""
+        """Whether the last matrix is the head, which it is if the head shares no weight with the embedding."""
         return (self.matrices[-1].d_in, self.matrices[-1].d_out) == self.head
 
     @property
     def head_is_tracked(self) -> bool:
-        """Whether something listens to the head, whose logits are then taken at all tokens."""
+        """Whether the head is tracked; its logits are then taken at all tokens."""
         return self.head_is_matrix and self.matrices[-1].name == self.tracked[-1].name
 
     @property
@@ -75,6 +75,11 @@ class Decoder:
     def gradient(self) -> int:
         """Values of a full gradient of the tracked layers."""
         return sum(layer.d_in * layer.d_out for layer in self.tracked)
+
+    @property
+    def sides(self) -> list[int]:
+        """The sizes of the covariances: inputs of every group of tracked layers, outputs of every tracked layer."""
+        return [layer.d_in for layer in self.groups().values()] + [layer.d_out for layer in self.tracked]
 
     def groups(self) -> dict[str, Layer]:
         """The first layer of each group that shares an input."""
@@ -88,9 +93,14 @@ def _weights(layer: Layer) -> int:
     return (layer.d_in - layer.bias) * layer.d_out
 
 
+def _kept(side: int, rank: int) -> int:
+    """The size of a side of a layer after projection to `rank`; 0 is no projection."""
+    return min(rank, side) if rank else side
+
+
 @dataclass(frozen=True)
 class Load:
-    """Batches, by what their costs depend on; they add up."""
+    """The quantities of batches that costs depend on. Loads add up."""
 
     documents: int = 0
     tokens: int = 0  # padding included
@@ -120,7 +130,7 @@ def load_of(plan: Iterable[Sequence[int]], lengths: np.ndarray, predictions: np.
 
 
 def forward(model: Decoder, load: Load, *, logits: bool = False) -> int:
-    """A forward pass; the head on the predictions that count, or (`logits`) on all tokens."""
+    """A forward pass; the head runs on the predictions that count, or with `logits` on all tokens."""
     attention = 4 * load.squares * sum(block.width for block in model.attention)
     return 2 * load.tokens * _outside_head(model) + attention + _head(model, load, logits=logits)
 
@@ -138,10 +148,10 @@ def _outside_head(model: Decoder) -> int:
 
 
 def training_step(model: Decoder, load: Load) -> int:
-    """Forward and backward for all weights: the products of the forward pass three times; with adapters, for theirs alone."""
+    """Forward and backward for all trained weights: without adapters, three times the products of the forward pass."""
     if not model.frozen:
         return 3 * forward(model, load)
-    adapters = tracking(model, ".*")
+    adapters = tracking(model, EVERY_LAYER)
     return frozen_pass(adapters, load) + 2 * load.tokens * adapters.gradient
 
 
@@ -157,8 +167,9 @@ def frozen_pass(model: Decoder, load: Load) -> int:
 
 def covariance_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
     """A frozen pass, and both covariances of every tracked layer; with a `rank`, of projected inputs and outputs."""
-    sides = [layer.d_in for layer in model.groups().values()] + [layer.d_out for layer in model.tracked]
-    products = sum(side * min(rank, side) + _lower_product(min(rank, side)) if rank else _lower_product(side) for side in sides)
+    products = sum(
+        side * min(rank, side) + _lower_product(min(rank, side)) if rank else _lower_product(side) for side in model.sides
+    )
     return frozen_pass(model, load) + 2 * load.tokens * products
 
 
@@ -169,21 +180,16 @@ def _lower_product(side: int) -> int:
 
 
 def eigenvalue_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
-    """A frozen pass, both sides of every tracked layer rotated, and their product for every document."""
-    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank)
+    """A frozen pass, both sides of every tracked layer rotated (with a `rank`: projected), and their product per document."""
+    inputs = sum((layer.d_in - layer.bias) * _kept(layer.d_in, rank) for layer in model.groups().values())
+    outputs = sum(layer.d_out * _kept(layer.d_out, rank) for layer in model.tracked)
+    products = sum(_kept(layer.d_in, rank) * _kept(layer.d_out, rank) for layer in model.tracked)
+    return frozen_pass(model, load) + 2 * load.tokens * (inputs + outputs + products)
 
 
 def row_pass(model: Decoder, load: Load, *, rank: int) -> int:
-    """A frozen pass, both sides of every tracked layer projected, and their product for every document."""
-    return frozen_pass(model, load) + 2 * load.tokens * _projected_products(model, rank=rank)
-
-
-def _projected_products(model: Decoder, *, rank: int) -> int:
-    def kept(side: int) -> int:
-        return min(rank, side) if rank else side
-
-    inputs = sum((layer.d_in - layer.bias) * kept(layer.d_in) for layer in model.groups().values())
-    return inputs + sum(layer.d_out * kept(layer.d_out) + kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked)
+    """As `eigenvalue_pass`: rows project both sides where it rotates them."""
+    return eigenvalue_pass(model, load, rank=rank)
 
 
 def query_pass(model: Decoder, load: Load) -> int:
@@ -220,8 +226,7 @@ def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
 
 def eigenbases(model: Decoder, *, rank: int = 0) -> int:
     """The eigenvectors of both covariances of every tracked layer, in float64."""
-    sides = [layer.d_in for layer in model.groups().values()] + [layer.d_out for layer in model.tracked]
-    return EIGH * sum((min(rank, side) if rank else side) ** 3 for side in sides)
+    return EIGH * sum(_kept(side, rank) ** 3 for side in model.sides)
 
 
 def applications(model: Decoder, *, queries: int) -> int:
@@ -255,20 +260,17 @@ def checkpoint_bytes(model: Decoder, *, copies: int) -> int:
 
 
 def factor_bytes(model: Decoder, *, adam: str, rank: int = 0, fitted: bool = True) -> int:
-    """EK-FAC of a segment: eigenvectors, those of inputs once per group; corrected eigenvalues; AdamW's P but for `none`.
+    """The factors of a segment: eigenvectors, corrected eigenvalues, and AdamW's P unless `adam` is none.
 
-    With a `rank`, in projected space, projections too; those and P alone if it is not `fitted`.
+    With a `rank` they are in projected space, and the projections come on top. Factors that are not `fitted` are only projections
+    and P.
     """
-
-    def kept(side: int) -> int:
-        return min(rank, side) if rank else side
-
-    inputs = [layer.d_in for layer in model.groups().values()]
-    outputs = [layer.d_out for layer in model.tracked]
-    values = sum(kept(side) ** 2 for side in inputs + outputs) if fitted else 0
-    values += sum(kept(layer.d_in) * kept(layer.d_out) for layer in model.tracked) if fitted else 0
+    values = 0
+    if fitted:
+        values += sum(_kept(side, rank) ** 2 for side in model.sides)
+        values += sum(_kept(layer.d_in, rank) * _kept(layer.d_out, rank) for layer in model.tracked)
     if rank:
-        values += sum(side * kept(side) for side in inputs + outputs)
+        values += sum(side * _kept(side, rank) for side in model.sides)
     if adam != "none":
         values += model.gradient
     if adam == "symmetric":
@@ -304,7 +306,7 @@ def with_blocks(model: Decoder, number: int) -> Decoder:
         attention=attention,
         frozen=frozenset(_numbered(name, block) for name in model.frozen for block in range(number)),
     )
-    return tracking(deep, ".*")
+    return tracking(deep, EVERY_LAYER)
 
 
 def with_vocabulary(model: Decoder, size: int) -> Decoder:
@@ -313,7 +315,7 @@ def with_vocabulary(model: Decoder, size: int) -> Decoder:
     if not model.head_is_matrix:
         return replace(model, head=head)
     matrices = (*model.matrices[:-1], replace(model.matrices[-1], d_out=size))
-    return tracking(replace(model, matrices=matrices, head=head), ".*")
+    return tracking(replace(model, matrices=matrices, head=head), EVERY_LAYER)
 
 
 def _renumbered(layer: Layer, block: int) -> Layer:
@@ -371,7 +373,7 @@ def shapes_of(model: nn.Module) -> Decoder:
             frozen=frozenset(layer.name for layer in layers if layer.name not in trained),
             frozen_parameters=num_parameters(model) - num_trained_parameters(model),
         ),
-        ".*",
+        EVERY_LAYER,
     )
 
 

@@ -1,7 +1,7 @@
-"""Training again without some of the rows: what attribution predicts, done.
+"""Counterfactuals: training a recorded run again on some of its rows, which is what attribution predicts.
 
-A counterfactual is taken at the mean of the weights of its last steps: what the training leads to without the noise of its last
-batches, which is most of what two trainings on the same rows differ by (EXPERIMENTS.md, 2026-11-25).
+The result is the mean of the weights over the last steps. That removes the noise of the last batches, which is most of the
+difference between two trainings on the same rows (EXPERIMENTS.md, 2026-11-25).
 """
 
 import copy
@@ -18,9 +18,9 @@ from tda.means import RunningMean
 from tda.task import Task
 from tda.trajectory import Optimizer, Run
 
-AVERAGED = 0.25  # of the steps, at the end
+AVERAGED = 0.25  # the part of the steps, at the end, over which weights are averaged
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-QUERY_TOKENS = 8192  # of a batch in which queries are measured
+QUERY_TOKENS = 8192  # in a batch of queries
 
 Retraining = tuple[np.ndarray, int]
 """The numbers of the rows to train on, and a seed: of the initial weights where they are random, and of the order."""
@@ -30,7 +30,7 @@ Retrain = Callable[[Sequence[Retraining]], Iterable[nn.Module]]
 
 
 def random_halves(num_rows: int, number: int, random: np.random.Generator) -> np.ndarray:
-    """(half, row) uniform random halves of the rows, True = in it; of an odd number of rows, the smaller part."""
+    """(half, row) uniform random halves of the rows, True: in it. Of an odd number of rows a half is the smaller part."""
     halves = np.zeros((number, num_rows), dtype=bool)
     for half in halves:
         half[random.permutation(num_rows)[: num_rows // 2]] = True
@@ -38,9 +38,9 @@ def random_halves(num_rows: int, number: int, random: np.random.Generator) -> np
 
 
 def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
-    """Models trained by the steps of a recorded run: from its initial weights, as many epochs in another order, by its rates.
+    """Models trained as a recorded run was: from its initial weights, as many epochs in another order, with its learning rates.
 
-    In eval mode, so without dropout.
+    They are trained in eval mode, so without dropout.
 
     Raises:
         ValueError: the run has no initial weights or no batches, or its model does not train in eval mode.
@@ -70,9 +70,10 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
 
 
 def schedule_without(run: Run, rows: np.ndarray, *, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """The rows of every step of training on those of `rows` that `run` saw, as it did on all, and every step's learning rate.
+    """Every step's rows and learning rate, for training as `run` was but only on those of `rows` that it saw.
 
-    As many epochs, each in a fresh order, in batches as large as the run's largest; rates follow the run's over its length.
+    There are as many epochs, each in a fresh order, in batches as large as the run's largest. Rates follow the run's schedule,
+    stretched to the number of steps.
     """
     random, recorded = np.random.default_rng(seed), np.concatenate(run.batches)
     seen = np.unique(recorded)
@@ -103,9 +104,9 @@ def make_optimizer(model: nn.Module, settings: Optimizer, *, rate: float = 0.0) 
 def take_step(
     model: nn.Module, data: Data, rows: np.ndarray, *, task: Task, optimizer: torch.optim.Optimizer, origin: str
 ) -> None:
-    """One step of training on the mean loss over the terms of `rows`; `origin` says of what, should the loss not be finite."""
+    """One step of training on the mean loss over the terms of `rows`; `origin` names the step in an error."""
     batch = data.batch(rows.tolist()).to(next(model.parameters()).device)
-    one_over_terms = (1 / batch.sizes.sum()).expand(len(batch.sizes)).float()  # of the sum over terms makes the mean
+    one_over_terms = (1 / batch.sizes.sum()).expand(len(batch.sizes)).float()  # so that the weighted sum is the mean over terms
     total, _losses = task.losses(model, batch, weights=one_over_terms)
     check_loss(total, optimizer.param_groups[0]["lr"], origin=origin)
     optimizer.zero_grad(set_to_none=True)
@@ -114,13 +115,13 @@ def take_step(
 
 
 def check_loss(total: Tensor, rate: float, *, origin: str) -> None:
-    """Refuse with ValueError a loss that is not finite; the message begins with `origin`, which step of what."""
+    """Refuse a loss that is not finite with a ValueError, whose message begins with `origin`."""
     if not torch.isfinite(total):
         raise ValueError(f"{origin}: the loss is not finite at learning rate {rate:g}; expected a finite number; lower the rate")
 
 
 class TailMean:
-    """The mean of a model's weights over the last `AVERAGED` part of its steps; call `step` after every one, then `finish`."""
+    """Averages a model's weights over the last `AVERAGED` of its steps: call `step` after every one, and `finish` at the end."""
 
     def __init__(self, model: nn.Module, num_steps: int):
         self._model = model
@@ -129,7 +130,7 @@ class TailMean:
         self._counted = math.ceil(AVERAGED * num_steps)
 
     def step(self) -> None:
-        """Count the weights if the step is one of the last."""
+        """Include the weights in the mean if the step is one of the last."""
         self._left -= 1
         if 0 <= self._left < self._counted:
             self._mean.add()

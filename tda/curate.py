@@ -1,4 +1,4 @@
-"""Scores to a decision for every document: keep or drop, or a weight, and the reason in words."""
+"""From scores to a decision on every document: keep, drop or weight it, with the reason in words."""
 
 import math
 

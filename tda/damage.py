@@ -1,7 +1,7 @@
-"""The positive control: damages a share of the training documents, in ways that real collections are damaged.
+"""The positive control: damages a share of the training documents, in ways in which real collections are damaged.
 
-Which documents, how, and with what random choices follows from the seed and the ids alone. A damaged document keeps its
-id and source, and nothing but the returned truth tells that it was touched.
+Which documents are damaged, how, and with which random choices, depends only on the seed and the ids. A damaged document keeps
+its id and source; only the returned truth tells that it was changed.
 """
 
 import random

@@ -1,7 +1,11 @@
-"""Training data as the engine sees it: documents as token rows, or plain tensors, and batches of either.
+"""Training data: documents as token rows, or plain tensors of any model, and batches of either.
 
-A batch has `rows` (row numbers), `counts` (example, position), true where an activation can matter to a loss, and `sizes`
-(example), the terms of each example in the training loss, which is a mean over terms: predicted tokens of a document, else 1.
+Every kind of batch has
+
+- `rows`: the numbers of its examples;
+- `counts` (example, position): true where an activation can affect a loss;
+- `sizes` (example): the terms of each example in the training loss, which is a mean over terms: predicted tokens, or 1;
+- `by_document(x)`: positions grouped by example, (example, position, k).
 """
 
 import json
@@ -36,7 +40,7 @@ class Documents:
         return len(self.ids)
 
     def digest(self, *more: str) -> str:
-        """A digest of all that a run on these documents depends on, and of `more`."""
+        """A digest of everything that a run on these documents depends on, and of `more`."""
         identity = [self.ids, self.content_hashes, self.parts, self.loss_starts.tolist(), self.lengths.tolist(), *more]
         digest = xxhash.xxh3_128(json.dumps(identity).encode())
         digest.update(np.concatenate(self.tokens).astype(np.int32).tobytes())
@@ -83,11 +87,11 @@ class Batch:
     rows: list[int]  # row numbers of the documents
     tokens: Int[Tensor, "batch token"]
     mask: Bool[Tensor, "batch token"]
-    loss_mask: Bool[Tensor, "batch prediction"]  # of the prediction of token t + 1 at place t
+    loss_mask: Bool[Tensor, "batch prediction"]  # at place t: whether the prediction of token t + 1 counts
 
     @property
     def counts(self) -> Bool[Tensor, "batch token"]:
-        """Every token but a document's last one, which predicts nothing."""
+        """True for every token except a document's last one, which predicts nothing."""
         return F.pad(self.mask[:, 1:], (0, 1))
 
     @property
@@ -102,20 +106,20 @@ class Batch:
 
     @property
     def predictions(self) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
-        """Of every prediction that counts, document by document: its place among the flattened tokens, and the token it is of."""
+        """The places among the flattened tokens of the predictions that count, and the tokens that they are to predict."""
         places = F.pad(self.loss_mask, (0, 1)).flatten().nonzero()[:, 0]
         return places, self.tokens.flatten()[places + 1]
 
     def documents_of(self, places: Int[Tensor, " place"]) -> Int[Tensor, " place"]:
-        """The document that each of the flattened tokens belongs to, by its number in `rows`."""
+        """For places among the flattened tokens, the index in `rows` of their documents."""
         return places // self.tokens.shape[1]
 
     def sums(self, values: Float[Tensor, " prediction"]) -> Float[Tensor, " batch"]:
-        """Sums over documents of a number per prediction that counts."""
+        """`values`, one per prediction that counts, summed over each document."""
         return values.new_zeros(self.loss_mask.shape).masked_scatter_(self.loss_mask, values).sum(dim=1)
 
     def by_document(self, x: Float[Tensor, "batch token k"]) -> Float[Tensor, "batch token k"]:
-        """Positions of every document in a row of their own: so they are."""
+        """Positions grouped by document: they already are."""
         return x
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -125,7 +129,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples:
-    """Training data of any model whose input and target are one tensor each, the example being their first axis."""
+    """Training data of any model with one input and one target tensor; their first axis is the example."""
 
     x: Tensor
     y: Tensor
@@ -157,7 +161,7 @@ class Examples:
         return TensorBatch(list(rows), self.x[list(rows)], self.y[list(rows)])
 
     def check_finite(self, origin: str) -> None:
-        """Refuse with ValueError inputs or targets that are no numbers; the message begins with `origin`, what the data are."""
+        """Refuse inputs or targets that are not finite with a ValueError, whose message begins with `origin`."""
         for name, values in (("input", self.x), ("target", self.y)):
             bad = (~values.isfinite()).nonzero()[:, 0].unique().tolist() if values.is_floating_point() else []
             if bad:
@@ -167,7 +171,7 @@ class Examples:
                 )
 
     def at_least_float32(self) -> "Examples":
-        """The examples with inputs that are no narrower than float32; numbers of tokens stay what they are."""
+        """The examples with inputs in float32 or wider; integer inputs, such as tokens, stay as they are."""
         narrow = self.x.dtype in (torch.bfloat16, torch.float16)
         return Examples(self.x.float(), self.y) if narrow else self
 
@@ -193,7 +197,7 @@ class TensorBatch:
         return TensorBatch(self.rows, self.x.to(device), self.y.to(device))
 
     def by_document(self, x: Float[Tensor, "batch position k"]) -> Float[Tensor, "batch position k"]:
-        """Positions of every example in a row of their own: so they are."""
+        """Positions grouped by example: they already are."""
         return x
 
     @property
@@ -211,7 +215,7 @@ Data = Documents | Examples
 
 
 def load_documents(path: Path, *, half: str | None = None) -> Documents:
-    """The documents that `prepare` wrote to `path`; of targets, one `half`. A missing file is refused with FileNotFoundError.
+    """The documents that `prepare` wrote to `path`; of targets only one `half`. A missing file is a FileNotFoundError.
 
     Raises:
         ValueError: the table is empty.
@@ -241,8 +245,8 @@ def as_documents(table: pl.DataFrame) -> Documents:
 def batch_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list[list[int]]:
     """Row numbers of batches of at most `batch_tokens` padded tokens, longest documents first.
 
-    Sorted by length, so that there is little padding; a function of the lengths alone, so that a run that was killed
-    makes the same batches again. A document longer than `batch_tokens` gets a batch of its own.
+    Documents are sorted by length, so that there is little padding. The plan depends on the lengths alone, so a run that was
+    killed makes the same batches again. A document longer than `batch_tokens` gets a batch of its own.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     plan: list[list[int]] = []

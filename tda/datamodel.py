@@ -1,20 +1,20 @@
-"""Datamodels that know what to expect: real retrainings correct the scores of another method.
+"""Datamodels with a prior: the scores of another method, corrected by real retrainings.
 
-A datamodel (Ilyas et al. 2022, arXiv 2202.00622) is the linear model  cost(q | S) = c_q - sum over rows z in S of w_qz  fitted to
-retrainings on random halves S. It has as many unknowns as rows, and takes tens of thousands of trainings if nothing else is known
-of them. Another method's scores m say most of it, and where an error can be large:
+A datamodel (Ilyas et al. 2022, arXiv 2202.00622) is the linear model  cost(q | S) = c_q - sum over rows z in S of w_qz  fitted
+to retrainings on random halves S of the rows. It has one unknown per row and query, and without a prior it takes tens of
+thousands of retrainings. Here the scores m of another method are the prior, both for the effects and for how wrong they may be:
 
     w_q ~ Normal(slope m_q, deviation m_q m_q^T + spread diag |m_q|)
 
-With that prior some tens of trainings already improve on m. They come in pairs, of a half and of all other rows, from the same
-initial weights; in half the difference of their costs neither c_q nor what the initial weights do is left:
+With it a few dozen retrainings already improve on m. They come in pairs with the same initial weights, one on a half and one on
+the other rows. In half the difference of their costs, c_q and the effect of the initial weights cancel:
 
     d_q = -1/2 sum over rows z of (1 if z is in S else -1) w_qz + noise
 
-Slope, deviation, spread and noise are those of the largest marginal likelihood (empirical Bayes; Rasmussen and Williams 2006,
-section 5.4.1), each one number for all queries, whose differences and predictions are brought to one scale first. The answer is
-the mean of the posterior, in the unit of the retrainings' costs. Halves do not show what all rows' effects have in common, which
-stays as the prior has it.
+Slope, deviation, spread and noise maximise the marginal likelihood (empirical Bayes; Rasmussen and Williams 2006, section
+5.4.1). Each is one number for all queries; differences and predictions are brought to one scale for that. The result is the
+posterior mean, in the unit of the cost. Pairs of halves say nothing about what the effects of all rows have in common: there
+the prior stays.
 """
 
 import itertools
@@ -28,27 +28,26 @@ from torch import Tensor
 from tda.counterfactual import query_costs, random_halves
 from tda.fitted import Fitted
 
-SPREADS = np.geomspace(1e-3, 1e2, 31)  # of the prior in a pair's difference, in parts of the noise's variance
-DEVIATIONS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a query's slope from that of all, in the same unit
+SPREADS = np.geomspace(1e-3, 1e2, 31)  # values tried; a variance of a pair's difference, in units of the noise's variance
+DEVIATIONS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # values tried; the variance of a query's slope around the common one, likewise
 
 
-def retrain_on_halves(run: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float[np.ndarray, "pair query"]]:
-    """The signs of `half_signs`, and half of what the queries' costs differ by when trained on the half and on the other rows.
+def retrain_on_halves(fitted: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float[np.ndarray, "pair query"]]:
+    """Retrain in pairs. Returns the `half_signs`, and half the differences of the queries' costs between half and other rows.
 
     Raises:
         ValueError: there are fewer than two rows or retrainings, or a retraining's costs are not finite.
     """
-    num_pairs = run.settings.retrainings // 2
-    if num_pairs < 1 or len(run.train) < 2:
-        raise ValueError(
-            f"datamodel: {run.settings.retrainings} retrainings on halves of {len(run.train)} rows; expected at least 2 of each"
-        )
-    signs = half_signs(len(run.train), num_pairs, seed=run.settings.seed)
-    seeds = np.random.SeedSequence(run.settings.seed).generate_state(num_pairs)
+    num_retrainings, num_rows = fitted.settings.retrainings, len(fitted.train)
+    num_pairs = num_retrainings // 2
+    if num_pairs < 1 or num_rows < 2:
+        raise ValueError(f"datamodel: {num_retrainings} retrainings on halves of {num_rows} rows; expected at least 2 of each")
+    signs = half_signs(num_rows, num_pairs, seed=fitted.settings.seed)
+    seeds = np.random.SeedSequence(fitted.settings.seed).generate_state(num_pairs)
     trainings = [
         (np.flatnonzero(half), int(seed)) for pair, seed in zip(signs, seeds, strict=True) for half in (pair > 0, pair < 0)
     ]
-    costs = np.stack([query_costs(model, run.task, run.queries) for model in run.retrained(trainings)])
+    costs = np.stack([query_costs(model, fitted.task, fitted.queries) for model in fitted.retrained(trainings)])
     if not np.isfinite(costs).all():
         raise ValueError(
             f"datamodel: {int((~np.isfinite(costs)).any(axis=1).sum())} of {len(costs)} retrainings give costs that are not "
@@ -60,7 +59,7 @@ def retrain_on_halves(run: Fitted) -> tuple[Float[np.ndarray, "pair row"], Float
 def half_signs(num_rows: int, num_pairs: int, *, seed: int) -> Float[np.ndarray, "pair row"]:
     """1 for the rows of a uniform random half, -1 for the others.
 
-    Not the halves that a bank of the same seed is made of (`half_subsets`), on which a datamodel may be measured.
+    They differ from the halves of a bank with the same seed (`half_subsets`), which may be used to evaluate the datamodel.
     """
     return np.where(random_halves(num_rows, num_pairs, np.random.default_rng(seed)), 1.0, -1.0)
 
@@ -68,28 +67,28 @@ def half_signs(num_rows: int, num_pairs: int, *, seed: int) -> Float[np.ndarray,
 def posterior(
     prior: Float[np.ndarray, "query row"], signs: Float[np.ndarray, "pair row"], differences: Float[np.ndarray, "pair query"]
 ) -> Float[np.ndarray, "query row"]:
-    """The mean of every effect given the differences, half of what the costs of a half and of the other rows differ by."""
+    """The posterior mean of every effect `w`, given the `differences` of `retrain_on_halves`."""
     X = torch.from_numpy(signs) / -2  # differences = X w + noise
-    told = np.flatnonzero((prior != 0).any(axis=1) & (differences != 0).any(axis=0))  # else nothing is expected, or learned
-    if not len(told):
+    informed = np.flatnonzero((prior != 0).any(axis=1) & (differences != 0).any(axis=0))  # the other queries keep their prior
+    if not len(informed):
         return prior
-    m, d = torch.from_numpy(prior[told]).double(), torch.from_numpy(differences[:, told]).T
+    m, d = torch.from_numpy(prior[informed]).double(), torch.from_numpy(differences[:, informed]).T
     f = m @ X.T
     unit, length = (values.square().mean(dim=1, keepdim=True).sqrt() for values in (d, f))
-    variances = 4 * m.abs() / m.abs().sum(dim=1, keepdim=True)  # they make a variance of 1 of a pair's difference
+    variances = 4 * m.abs() / m.abs().sum(dim=1, keepdim=True)  # scaled so that a pair's difference has variance 1
     eigenvalues, U = torch.linalg.eigh(torch.stack([X * of_query @ X.T for of_query in variances]))
-    f, d = ((values[:, None] @ U)[:, 0] for values in (f / length, d / unit))  # in the eigenvectors: pairs no more
+    f, d = ((values[:, None] @ U)[:, 0] for values in (f / length, d / unit))  # now by eigenvector instead of by pair
     fitted = _Prior.most_likely(eigenvalues, f, d)
     slopes, unexplained = fitted.explain(eigenvalues, f, d)
     corrections = fitted.spread * variances * ((U @ unexplained[..., None])[..., 0] @ X)
     scores = np.array(prior, dtype=np.float64)
-    scores[told] = unit * (slopes / length * m + corrections)
+    scores[informed] = unit * (slopes / length * m + corrections)
     return scores
 
 
 @dataclass(frozen=True)
 class _Prior:
-    """What holds for all queries; variances are in units of the noise's."""
+    """The numbers that all queries share; `deviation` and `spread` are in units of the noise's variance."""
 
     slope: float  # at least 0
     deviation: float
@@ -102,16 +101,16 @@ class _Prior:
         f: Float[Tensor, "query eigenvector"],
         d: Float[Tensor, "query eigenvector"],
     ) -> "_Prior":
-        """Of the largest marginal likelihood of the differences `d`, predicted as `f`.
+        """The prior that maximises the marginal likelihood of the differences `d`, which m predicts as `f`.
 
-        The eigenvectors are those of what rows' variances make of the differences' covariance. For given deviation and spread the
-        slope is that of generalised least squares, and the noise's variance is profiled out.
+        Eigenvalues and eigenvectors are those of the covariance that the rows' variances give the differences. For a given
+        deviation and spread, the slope is that of generalised least squares, and the noise's variance is profiled out.
         """
         found = []
         for spread, deviation in itertools.product(SPREADS, DEVIATIONS):
             V = 1 + spread * eigenvalues
             ff, fd, dd = ((one * other / V).sum(dim=1) for one, other in ((f, f), (f, d), (d, d)))
-            more = 1 + deviation * ff  # by which f f^T raises the determinant; what follows is Sherman-Morrison
+            more = 1 + deviation * ff  # the factor by which deviation f f^T raises the determinant; next: Sherman-Morrison
             ff, fd, dd = ff / more, fd / more, dd - deviation * fd.square() / more
             slope = max(0.0, float(fd.sum() / ff.sum()))
             noise = float((dd - 2 * slope * fd + slope**2 * ff).sum()) / d.numel()
@@ -125,7 +124,7 @@ class _Prior:
         f: Float[Tensor, "query eigenvector"],
         d: Float[Tensor, "query eigenvector"],
     ) -> tuple[Float[Tensor, "query 1"], Float[Tensor, "query eigenvector"]]:
-        """The slope of every query; and what it leaves of the differences, times the inverse covariance of spread and noise."""
+        """Every query's own slope, and the differences it leaves, times the inverse covariance of spread and noise."""
         V, left = 1 + self.spread * eigenvalues, d - self.slope * f
         more = 1 + self.deviation * (f.square() / V).sum(dim=1, keepdim=True)
         own = self.deviation * (f * left / V).sum(dim=1, keepdim=True) / more

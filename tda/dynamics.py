@@ -1,4 +1,4 @@
-"""What the training run did, read back: segments, exposure, and each segment's effect on a query."""
+"""Reading the segments of the pipeline's run from their artifacts: the segments, exposure, and SOURCE's dynamics."""
 
 from dataclasses import fields
 

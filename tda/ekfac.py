@@ -1,12 +1,15 @@
-"""EK-FAC of a segment: covariances, eigenbasis, corrected eigenvalues (George et al. 2018; arXiv 2308.03296, section 2).
+"""EK-FAC: covariances, eigenbasis, corrected eigenvalues (George et al. 2018; Grosse et al. 2023, arXiv 2308.03296, section 2).
 
-`A` and `S` are sums per token; only their eigenvectors are used. `Lambda` is per document, in the unit of the training loss's
-Hessian: the mean over documents of `w (sum over tokens of the rotated gradient of a sampled label's loss)^2`, where the training
-loss is `w` times the document's summed token loss (`fit_factors.py` multiplies by `w`). Labels at different tokens are drawn
-independently, so cross terms vanish in the mean, and one `w` makes this the diagonal of the Gauss-Newton matrix of the loss that
-was minimised.
+1. `covariances`: A, the sum over tokens of `a a^T`, and S, that of `Ds Ds^T`, with labels sampled from the model.
+2. `eigenbasis`: their eigenvectors `Q_A` and `Q_S`; the eigenvalues are not used.
+3. `corrected_eigenvalues`: `Lambda`, the sum over documents of `(Q_S^T G Q_A)^2`, where `G` is the gradient of the document's
+   loss summed over its tokens, again with sampled labels.
 
-A model in bfloat16 has its activations rotated and multiplied in bfloat16; every sum over tokens or documents is in float32.
+`fit_factors.py` makes these passes, divides `Lambda` by the number of documents and multiplies it by `w`, the training loss's
+factor on a document's summed loss. That makes it the diagonal of the Gauss-Newton matrix of the training loss: labels of
+different tokens are drawn independently, so the cross terms of the square vanish in the mean, and one factor `w` remains.
+
+With a model in bfloat16, activations are rotated and multiplied in bfloat16. Sums over tokens or documents are always in float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,10 +28,10 @@ from tda.projection import Projection, append_one, encode_inputs
 from tda.spectral import SpectralFn
 from tda.task import Task
 
-SMALLEST_STRIP = 64  # columns, and what strips are multiples of; narrower products run slower than they are smaller
+SMALLEST_STRIP = 64  # columns; widths of strips are multiples of it. Narrower products lose more speed than they save work
 MOST_STRIPS = 12
-ONE_BY_ONE = 1 << 16  # values of a gradient from which documents' gradients are formed one after another, each in the cache
-GRADIENTS_ON_GPU = 1 << 27  # values of gradients that are formed at once there
+ONE_BY_ONE = 1 << 16  # values of a gradient from which on documents' gradients are formed one at a time, to stay in the cache
+GRADIENTS_ON_GPU = 1 << 27  # values of gradients that are formed at once on a GPU
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,21 @@ class EKFAC:
 
 @dataclass(frozen=True)
 class Covariances:
-    """Sums over tokens of `a a^T` by group of layers and of `Ds Ds^T` by layer, so that merging is adding."""
+    """Sums over tokens: `A` of `a a^T`, by group of layers, and `S` of `Ds Ds^T`, by layer."""
 
     A: dict[str, Tensor]
     S: dict[str, Tensor]
-    num_tokens: int
+    count: int  # of tokens; of documents where gradients are scaled (`preconditioner.py`)
 
     def add_(self, other: "Covariances") -> "Covariances":
-        """Both together, in the memory of the first."""
+        """The sum of both, in the memory of `self`."""
         add_by_name(self.A, other.A)
         add_by_name(self.S, other.S)
-        return Covariances(self.A, self.S, self.num_tokens + other.num_tokens)
+        return Covariances(self.A, self.S, self.count + other.count)
 
 
 def add_by_name(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add `more` to `sums` in their memory; a part of the data that was empty has no names."""
+    """Add `more` to `sums` in place. A name may be missing on either side: an empty part of the data has none."""
     for name, values in more.items():
         sums[name] = sums[name].add_(values) if name in sums else values
 
@@ -81,12 +84,12 @@ def covariances(
 ) -> Covariances:
     """Sums of the covariances over all positions that a loss can depend on, in float32, with sampled labels.
 
-    With `projections`, those of the projected inputs and pseudo-gradients. They are added to the sums in `into`, if it is given.
+    With `projections` they are those of projected inputs and pseudo-gradients. If `into` is given, sums are added to it.
     """
     A, S = ({}, {}) if into is None else (into.A, into.S)
     device = next(model.parameters()).device
     held = {name: projection.to(device) for name, projection in (projections or {}).items()}
-    num_tokens: Tensor | int = 0 if into is None else into.num_tokens  # becomes a tensor, for which no batch waits
+    num_tokens: Tensor | int = 0 if into is None else into.count  # becomes a tensor on the device, so that no batch waits for it
     counts: Tensor
 
     def factor(values: Tensor) -> Tensor:  # a GPU multiplies bfloat16 at twice the speed of TF32, and sums the same float32
@@ -123,10 +126,10 @@ def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]
 
 
 def add_lower_products(total: Float[Tensor, "d d"], rows: Float[Tensor, "row d"]) -> None:
-    """Add `rows^T rows` to the lower triangle of `total`, one strip of columns after another; what is above it is not to be read.
+    """Add `rows^T rows` to the lower triangle of `total`, strip by strip of columns; the upper triangle is left undefined.
 
-    A strip starts at its diagonal block, so that with s strips (s + 1) / 2s of the whole product's operations are done. Rows on a
-    GPU may be narrower than `total`.
+    A strip starts at its diagonal block, so s strips take (s + 1) / 2s of the operations of the whole product. On a
+    GPU, rows may be narrower than `total`.
     """
     d = len(total)
     strip = strip_width(d)
@@ -139,19 +142,20 @@ def add_lower_products(total: Float[Tensor, "d d"], rows: Float[Tensor, "row d"]
 
 
 def strip_width(d: int) -> int:
-    """Columns of a strip of a matrix of d columns: of at most `MOST_STRIPS`, aligned as a GPU's products have to be."""
+    """Width of the strips of a matrix of d columns: at most `MOST_STRIPS` of them, aligned as fast GPU products require."""
     return d if d < SMALLEST_STRIP * 2 else -(-d // (MOST_STRIPS * SMALLEST_STRIP)) * SMALLEST_STRIP
 
 
 def complete_from_lower(total: Float[Tensor, "d d"]) -> None:
-    """Make `total` symmetric, by its lower triangle."""
+    """Copy the lower triangle of `total` to the upper one."""
     total.tril_().add_(total.tril(-1).T)
 
 
 def eigenbasis(covariances: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`(Q_A, Q_S)` of every layer on the CPU, columns by falling eigenvalue; layers of one group share `Q_A`.
+    """`(Q_A, Q_S)` of every layer, on the CPU, columns by descending eigenvalue; layers of a group share `Q_A`.
 
-    Covariances are used up: each is let go when its eigenvectors are there. One that is not finite is refused with ValueError.
+    `covariances` is emptied: each matrix is freed once its eigenvectors are known. A matrix that is not finite is refused with
+    ValueError.
     """
     inputs = {name: _eigenvectors(covariances.A.pop(name), f"inputs of {name}").cpu() for name in list(covariances.A)}
     return {
@@ -167,17 +171,17 @@ def _eigenvectors(covariance: Tensor, what: str) -> Tensor:
             "loss), or activations overflow the model's dtype"
         )
     on_cpu = covariance.device.type == "cpu"
-    matrix = covariance.double() if on_cpu else covariance  # on a GPU the time is that of the bytes: eigenvalues are corrected
+    matrix = covariance.double() if on_cpu else covariance  # a GPU is slow in float64, and eigenvalues are corrected later anyway
     try:
         _values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    except torch.linalg.LinAlgError:  # a GPU's solver does not always converge where many eigenvalues are nearly equal
+    except torch.linalg.LinAlgError:  # a GPU's solver may fail to converge if many eigenvalues are nearly equal
         if on_cpu:
             raise
         return _eigenvectors(covariance.cpu(), what).to(covariance.device)
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    signed = vectors * largest.sign()  # a fixed sign, so that equal covariances give equal rows
-    return signed.to(covariance.dtype).contiguous()  # row by row, as files and copies want it: a CPU is slow to transpose
+    signed = vectors * largest.sign()  # eigenvectors have no sign of their own: fix it, so that equal covariances give equal rows
+    return signed.to(covariance.dtype).contiguous()  # row-major, as files and copies need it: transposing on a CPU is slow
 
 
 def corrected_eigenvalues(
@@ -190,12 +194,12 @@ def corrected_eigenvalues(
     generator: torch.Generator,
     into: tuple[dict[str, Tensor], int] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Sums over documents of `(Q_S^T G Q_A)^2` with sampled labels, and the number of documents.
+    """Sums over documents of `(Q_S^T G Q_A)^2` with sampled labels, by layer, and the number of documents.
 
-    Activations and pseudo-gradients are rotated before their product. They are added to the sums in `into`, if it is given.
+    Inputs and pseudo-gradients are rotated before they are multiplied. If `into` is given, sums are added to it.
     """
     parameter = next(model.parameters())
-    rotations = basis_like(parameter, basis)  # which costs nothing if they are there already
+    rotations = basis_like(parameter, basis)  # costs nothing if it is there already
     if into is None:
         zero = at_least_float32(parameter.new_zeros(()))
         into = {name: zero.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}, 0
@@ -219,10 +223,10 @@ def corrected_eigenvalues(
 
 
 def basis_like(like: Tensor, basis: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The basis where `like` is, in its dtype; what layers share is there once. One that is there already is the same tensors."""
+    """The basis on the device and in the dtype of `like`. A shared `Q_A` is moved once, and nothing is copied needlessly."""
 
     def moved(Q: Tensor) -> Tensor:
-        return Q.to(like.device).to(like.dtype)  # in two steps: together a CPU would convert
+        return Q.to(like.device).to(like.dtype)  # in this order, so that a GPU converts, not the CPU
 
     inputs: dict[int, Tensor] = {}
     for Q_A, _Q_S in basis.values():
@@ -236,8 +240,8 @@ def add_squared_gradients(
     outputs: Float[Tensor, "document position d_out"],
     inputs: Float[Tensor, "document position d_in"],
 ) -> None:
-    """Add the squares of every document's gradient, the sum over positions of `outputs inputs^T`."""
-    if outputs.shape[1] == 1:  # the square of an outer product is that of the squares: no gradient is formed
+    """Add the elementwise square of every document's gradient, which is the sum over positions of `outputs inputs^T`."""
+    if outputs.shape[1] == 1:  # the square of one outer product is the outer product of the squares: no gradient is formed
         total.addmm_(at_least_float32(outputs[:, 0]).square().T, at_least_float32(inputs[:, 0]).square())
     elif total.numel() < ONE_BY_ONE:
         total += at_least_float32(outputs.mT @ inputs).square_().sum(dim=0)

@@ -1,4 +1,4 @@
-"""Retrained models to a verdict, and the positive control: what each method finds of the planted damage."""
+"""The verdict, from retrained models; and the positive control: how much of the planted damage each method finds."""
 
 import math
 from collections.abc import Sequence
@@ -211,10 +211,10 @@ def _nested_differences(comparisons: Sequence[dict]) -> dict:
 def find_damage(
     scores: pl.DataFrame, *, manifest: pl.DataFrame, truth: pl.DataFrame, target_sources: Sequence[str]
 ) -> tuple[dict, pl.DataFrame, pl.DataFrame]:
-    """What every `score_METHOD` and the decision find of the damage; recall curves, a column each; the planted documents.
+    """How much of the damage every `score_METHOD` and the decision find; recall curves by method; the planted documents.
 
-    `auc_target_sources` compares documents of the targets' own sources alone: there damage can be told from a document that is
-    merely of no use to the targets.
+    `auc_target_sources` is among documents of the targets' own sources only, where damage can be told from documents that
+    merely do not help the targets.
 
     Raises:
         ValueError: the scores or the truth are not of the manifest's documents.
@@ -230,9 +230,7 @@ def find_damage(
     table = table.sort("doc_id")
     damaged, kinds = table["damaged"].to_numpy(), table["kind"].to_numpy()
     num_damaged, num_dropped = int(damaged.sum()), int((~table["keep"]).sum())
-    kind_names = sorted(set(kinds[damaged]))
     near = table["source"].is_in(list(target_sources)).to_numpy()
-    mixed = 0 < damaged[near].sum() < near.sum()  # both kinds are there
     inspected = np.linspace(0, len(table), CURVE_POINTS).round().astype(int)
     methods, curves = {}, {"share_inspected": inspected / len(table)}
     for column in (name for name in table.columns if name.startswith("score_")):
@@ -240,30 +238,32 @@ def find_damage(
         harm = -table[column].cast(pl.Float64).fill_null(math.nan).to_numpy()
         harm = np.where(np.isfinite(harm), harm, -np.inf)  # without a score: inspected last
         order = np.argsort(-harm, kind="stable")  # equal scores by id
-        found = np.cumsum(damaged[order])
-        methods[method] = {
-            "auc": roc_auc(harm, damaged),
-            **({"auc_target_sources": roc_auc(harm[near], damaged[near])} if mixed else {}),
-            "recall_at_damaged": float(found[num_damaged - 1] / num_damaged),
-            "kinds": {
-                kind: {
-                    "auc": roc_auc(harm[~damaged | (kinds == kind)], damaged[~damaged | (kinds == kind)]),
-                    "recall_at_damaged": float((kinds[order[:num_damaged]] == kind).sum() / (kinds[damaged] == kind).sum()),
-                }
-                for kind in kind_names
-            },
-        }
+        recall = np.concatenate([[0], np.cumsum(damaged[order])]) / num_damaged  # after inspecting so many documents
+        methods[method] = _found_by(harm, order, damaged, kinds) | {"recall_at_damaged": float(recall[num_damaged])}
+        if 0 < damaged[near].sum() < near.sum():
+            methods[method]["auc_target_sources"] = roc_auc(harm[near], damaged[near])
         if num_dropped:
-            methods[method]["recall_at_dropped"] = float(found[num_dropped - 1] / num_damaged)
-        curves[method] = np.concatenate([[0], found])[inspected] / num_damaged
+            methods[method]["recall_at_dropped"] = float(recall[num_dropped])
+        curves[method] = recall[inspected]
     planted = table.filter("damaged").sort("rank").select("doc_id", "source", "kind", "rank", "keep")
     counts = {
         "num_damaged": num_damaged,
         "num_damaged_dropped": int((~planted["keep"]).sum()),
-        "kinds": {kind: int((kinds[damaged] == kind).sum()) for kind in kind_names},
+        "kinds": {kind: int((kinds[damaged] == kind).sum()) for kind in sorted(set(kinds[damaged]))},
         "methods": methods,
     }
     return counts, pl.DataFrame(curves), planted
+
+
+def _found_by(harm: np.ndarray, order: np.ndarray, damaged: np.ndarray, kinds: np.ndarray) -> dict:
+    """The AUC of one method in all and by kind of damage, and by kind the recall after inspecting as many as are damaged."""
+    first = kinds[order[: int(damaged.sum())]]
+    by_kind = {}
+    for kind in sorted(set(kinds[damaged])):
+        these = ~damaged | (kinds == kind)  # with the undamaged ones
+        recall = float((first == kind).sum() / (kinds[damaged] == kind).sum())
+        by_kind[kind] = {"auc": roc_auc(harm[these], damaged[these]), "recall_at_damaged": recall}
+    return {"auc": roc_auc(harm, damaged), "kinds": by_kind}
 
 
 def roc_auc(harm: Float[np.ndarray, " document"], damaged: Bool[np.ndarray, " document"]) -> float:

@@ -1,4 +1,4 @@
-"""`tda evaluate lds`: how well methods predict the measurements of a bank, single runs and their ensemble apart."""
+"""`tda evaluate lds`: how well methods predict the measurements of a bank, from single runs and from their ensemble."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +17,9 @@ REFERENCES = ("ekfac_influence", "source")  # what other methods are compared wi
 
 
 def default_methods(bank: Bank, among: Sequence[str] = (*BASELINES, *REFERENCES, *BEST)) -> list[str]:
-    """The methods to evaluate by LDS if none are named: baselines, references and the best, as they go with the data.
+    """The methods to evaluate by default: baselines, references and the best ones, as far as they apply to the data.
 
-    `datamodel`, which trains a hundred times, is left out of language models.
+    For language models, `datamodel` is left out, as it trains a hundred times.
     """
     documents = isinstance(bank.data.queries(bank.recipe), Documents)
     left_out = ("surrogate", "datamodel") if documents else ("bm25",)

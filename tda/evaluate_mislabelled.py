@@ -1,7 +1,7 @@
-"""`tda evaluate mislabelled`: how early the rows that are known to be bad come when the most suspect are looked at first.
+"""`tda evaluate mislabelled`: how early rows that are known to be bad are found when the most suspect are inspected first.
 
 Suspicion is either harm to the queries (minus the summed score), or self-influence (Koh and Liang 2017, section 5.4): a wrong
-label is known from its own row alone, so leaving the row out raises its cost by much.
+label can only be learned from its own row, so leaving the row out raises the row's cost much.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _losses(store: RunStore, seed: int) -> np.ndarray:
 
 
 def found(suspicion: np.ndarray, bad: np.ndarray) -> dict:
-    """AUC, the share of the bad rows among the most suspect, and the recall curve; equal ones in the order of the rows."""
+    """AUC, recall among the most suspect, and the recall curve; equally suspect rows are inspected in their order."""
     order = np.argsort(-suspicion, kind="stable")
     recall = np.concatenate([[0], np.cumsum(bad[order])]) / bad.sum()
     inspected = np.linspace(0, len(bad), CURVE_POINTS).round().astype(int)

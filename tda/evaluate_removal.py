@@ -1,10 +1,13 @@
-"""`tda evaluate removal`: take away the rows that a method calls most helpful to a query, retrain, and see what becomes of it.
+"""`tda evaluate removal`: remove the rows that a method finds most helpful for a query, retrain, and measure the query again.
 
-The protocol is that of SOURCE's appendix B.3 (Bae et al. 2024), after the brittleness test of Ilyas et al. (2022): classified
-queries that are right under every one of some runs on all rows, a few numbers of rows to remove, a few retrainings each, and as
-control rows removed at random, of the query's own class where there are classes, of any for all queries together. A query is
-flipped when it is right in less than half of the retrainings. Everywhere the rise of its cost is told too, against runs on all
-rows from the same initial weights.
+The protocol is that of SOURCE's appendix B.3 (Bae et al. 2024), after the brittleness test of Ilyas et al. (2022):
+
+- queries that are classified correctly in each of several runs on all rows (if there are classes);
+- several numbers of rows to remove, and several retrainings for each;
+- as the control, rows removed at random: of the query's class if there are classes, of any class for all queries together.
+
+A query is flipped if it is correct in less than half of the retrainings. Reported too is the rise of its cost, compared with
+runs on all rows from the same initial weights.
 """
 
 from collections.abc import Sequence
@@ -21,8 +24,8 @@ from tda.make_bank import retrain
 from tda.text_table import text_table
 from tda.variants import Variant
 
-FULL_SEEDS = 5  # runs on all rows under which a query has to be right
-SHARES = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the rows; what to remove if nothing is said
+FULL_SEEDS = 5  # runs on all rows in which a query has to be correct
+SHARES = (0.005, 0.01, 0.02, 0.04, 0.08)  # of the rows, to be removed by default
 
 
 @dataclass(frozen=True)

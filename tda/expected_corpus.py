@@ -1,6 +1,6 @@
-"""What the corpus of a run will be like: read where `prepare` has run, else drawn up from a sample of its documents.
+"""The corpus of a planned run: read if `prepare` has run, else estimated from a sample of its documents.
 
-The sample is read, cleaned and tokenised as `prepare` does it, which also tells what that costs.
+The sample is read, cleaned and tokenised as `prepare` would, which also shows what that costs.
 """
 
 import json
@@ -19,28 +19,28 @@ from tda.clean import long_enough, without_copies, without_near_copies
 from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, file_texts, source_files
 from tda.data import Documents, load_documents
-from tda.ingest import Document, Reading, read_documents
+from tda.ingest import Document, Reading, part_of, read_documents
 from tda.prepare import BUILTIN, check_fields, document_table, fields_of, made_tokenizer
 from tda.readers import rows, share_of_bytes
 from tda.split import HALVES, fair_shares
 from tda.tokens import Row, encode_documents
 
-EVERY = 20  # of the files of the built-in corpus, one is read
+EVERY = 20  # one in so many files of the built-in corpus is read
 SAMPLE = 2000  # rows of a user's file that are read
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised documents, or as many made up in their lengths; and what `prepare` takes to make them."""
+    """Tokenised documents, real ones or drawn from a sample, and what `prepare` takes to make them."""
 
     documents: Documents
-    scored: Documents  # the targets' half that scores see
-    unseen: Documents  # the half that the verdict is measured on
+    scored: Documents  # the half of the targets that scores use
+    unseen: Documents  # the half on which the verdict is measured
     heldout: Documents
     num_bytes: int  # of all files of `prepare`
     read: int  # documents before they are cleaned
     spread_seconds: float  # processor time of `prepare` that is spread over workers
-    seconds: float  # and of the rest
+    seconds: float  # processor time of the rest of `prepare`
     vocabulary: int
     origin: str  # where the numbers come from, in words
 
@@ -83,41 +83,54 @@ def expected_corpus(config: Prepare, workspace: Workspace, *, model: str) -> Cor
     wanted = _numbers(config, encoded, share=sample.share, general=general, target_sources=target_sources)
     num_rows = sum(wanted.values())
     seconds = sample.seconds + cleaning / sample.share + tokenising * num_rows / len(encoded)
-    facts = {"read": round(len(sample.documents) / sample.share), "spread_seconds": sample.spread_seconds, "seconds": seconds}
+    work = {"read": round(len(sample.documents) / sample.share), "spread_seconds": sample.spread_seconds, "seconds": seconds}
     if workspace.documents.exists():
-        paths = [workspace.documents, workspace.targets, workspace.heldout, workspace.quarantine, workspace.damage]
-        paths += list(workspace.tokenizer.glob("*"))
-        return Corpus(
-            documents=load_documents(workspace.documents),
-            scored=load_documents(workspace.targets, half=HALVES[0]),
-            unseen=load_documents(workspace.targets, half=HALVES[1]),
-            heldout=load_documents(workspace.heldout),
-            num_bytes=sum(path.stat().st_size for path in paths if path.exists()),
-            vocabulary=json.loads(workspace.preparation.read_text(encoding="utf-8"))["vocabulary"],
-            origin=f"{workspace.documents.parent}, as it is now",
-            **facts,
-        )
-    random = np.random.default_rng(0)
-    parts = {"general": [], "mixed": []}
-    for row in encoded:
-        parts["general" if row.document.part == "general" or row.document.source in general else "mixed"].append(row)
-
-    def drawn(number: int, part: str, salt: str) -> list[Row]:
-        pool = parts[part] or encoded
-        return [pool[place] for place in random.integers(len(pool), size=number)]
-
-    training = drawn(wanted["general"], "general", "t") + drawn(wanted["mixed"], "mixed", "t")
-    labels = ["general"] * wanted["general"] + ["mixed"] * wanted["mixed"]
+        return _prepared(workspace, work)
     return Corpus(
-        documents=_documents(training, labels),
-        scored=_documents(drawn(wanted["targets"] // 2, "mixed", "s"), []),
-        unseen=_documents(drawn(wanted["targets"] - wanted["targets"] // 2, "mixed", "v"), []),
-        heldout=_documents(drawn(wanted["heldout"], "general", "h"), []),
+        **_drawn(encoded, wanted, general),
         num_bytes=round(_parquet_bytes(table) * num_rows / len(encoded)) + _tokenizer_bytes(tokenizer),
         vocabulary=len(tokenizer),
         origin=f"estimated from {sample.what}",
-        **facts,
+        **work,
     )
+
+
+def _prepared(workspace: Workspace, work: dict) -> Corpus:
+    """The corpus that `prepare` has left."""
+    paths = [workspace.documents, workspace.targets, workspace.heldout, workspace.quarantine, workspace.damage]
+    paths += list(workspace.tokenizer.glob("*"))
+    return Corpus(
+        documents=load_documents(workspace.documents),
+        scored=load_documents(workspace.targets, half=HALVES[0]),
+        unseen=load_documents(workspace.targets, half=HALVES[1]),
+        heldout=load_documents(workspace.heldout),
+        num_bytes=sum(path.stat().st_size for path in paths if path.exists()),
+        vocabulary=json.loads(workspace.preparation.read_text(encoding="utf-8"))["vocabulary"],
+        origin=f"{workspace.documents.parent}, as it is now",
+        **work,
+    )
+
+
+def _drawn(encoded: Sequence[Row], wanted: dict[str, int], general: Sequence[str]) -> dict[str, Documents]:
+    """As many documents as are wanted of each set, drawn with replacement from the sample."""
+    random = np.random.default_rng(0)
+    parts = {"general": [], "mixed": []}
+    for row in encoded:
+        parts[part_of(row.document, general)].append(row)
+
+    def drawn(number: int, part: str) -> list[Row]:
+        pool = parts[part] or encoded
+        return [pool[place] for place in random.integers(len(pool), size=number)]
+
+    training = drawn(wanted["general"], "general") + drawn(wanted["mixed"], "mixed")
+    labels = ["general"] * wanted["general"] + ["mixed"] * wanted["mixed"]
+    num_scored = wanted["targets"] // 2
+    return {
+        "documents": _documents(training, labels),
+        "scored": _documents(drawn(num_scored, "mixed"), []),
+        "unseen": _documents(drawn(wanted["targets"] - num_scored, "mixed"), []),
+        "heldout": _documents(drawn(wanted["heldout"], "general"), []),
+    }
 
 
 def _read(config: Prepare) -> _Sample:
@@ -163,10 +176,10 @@ def _num_rows(config: Prepare) -> int:
 def _numbers(
     config: Prepare, encoded: Sequence[Row], *, share: float, general: Sequence[str], target_sources: Sequence[str]
 ) -> dict[str, int]:
-    """How many rows there will be: of both parts of the training documents, of targets, of held-out documents."""
+    """How many rows there will be of either part of the training documents, of targets, and of held-out documents."""
     places = {"general": 0, "mixed": 0}
     for row in encoded:
-        places["general" if row.document.part == "general" or row.document.source in general else "mixed"] += 1
+        places[part_of(row.document, general)] += 1
     there = {part: round(number / share) for part, number in places.items()}
     targets = config.num_targets
     if not config.targets:

@@ -1,4 +1,4 @@
-"""The curvature of a segment: saved, loaded, and turned into projections and preconditioners."""
+"""The EK-FAC factors of a segment: their file, and what they are turned into, curvature for SOURCE and projections for rows."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -20,20 +20,18 @@ from tda.projection import Projection, random_projections
 class SegmentFactors:
     """EK-FAC factors of every tracked layer of one segment.
 
-    In projected space they are those of projected gradients, and `projections` says how to project; `plain` is empty as long as
-    they are to be fitted from rows. `P` is the optimizer's preconditioner averaged over the segment's checkpoints, by layer,
-    empty without one. `scaled` are the factors of P^(1/2) G, if fitted.
+    In projected space they are factors of projected gradients, and `projections` says how to project.
     """
 
     layers: list[Layer]
-    plain: dict[str, EKFAC]
-    scaled: dict[str, EKFAC]
-    P: dict[str, Tensor]
-    projections: dict[str, Projection]  # empty in full space
-    num_documents: int
+    plain: dict[str, EKFAC]  # of gradients G, by layer; empty if they are yet to be fitted from stored rows
+    scaled: dict[str, EKFAC]  # of P^(1/2) G, by layer; empty unless `curvature.adam` is symmetric
+    P: dict[str, Tensor]  # the optimizer's preconditioner by layer, averaged over the checkpoints; empty for SGD
+    projections: dict[str, Projection]  # by layer; empty in full space
+    num_documents: int  # on which they were fitted
 
     def curvature(self, adam: str) -> dict[str, Curvature]:
-        """What SOURCE applies to a query: by layer, with AdamW's P as `adam` says ("none", "scalar", "symmetric", "diagonal").
+        """What SOURCE applies to a query, by layer. `adam` says how P enters: none, scalar, symmetric or diagonal.
 
         Raises:
             ValueError: the factors were fitted without what `adam` needs.
@@ -53,9 +51,9 @@ class SegmentFactors:
     def row_projections(self, *, kind: str, rank: int, seed: int) -> dict[str, Projection]:
         """How a gradient becomes a stored row.
 
-        "eigenbasis": the eigenvectors with the largest corrected eigenvalues on each side; "pca": those with the largest
-        covariances (LoGra's PCA); "random": orthonormal at random. In projected space: the projections that the factors were
-        fitted in.
+        "eigenbasis": on each side, the eigenvectors with the largest corrected eigenvalues; "pca": the leading eigenvectors of
+        the covariance (LoGra's PCA initialisation); "random": random orthonormal. Factors in projected space have projections
+        already, and these are returned.
         """
         if self.projections:
             return self.projections
@@ -67,7 +65,7 @@ class SegmentFactors:
             if kind == "pca":
                 projections[layer.name] = Projection(factors.Q_A[:, :rank].contiguous(), factors.Q_S[:, :rank].contiguous())
             else:
-                # Layers of a group are projected once, so they share a choice: by the eigenvalues of all of them.
+                # The input of a group is projected once, so its layers share a choice, by the eigenvalues of all of them.
                 shared = sum(self.plain[other.name].Lambda.sum(dim=0) for other in self.layers if other.group == layer.group)
                 P_i, P_o = _leading(factors.Q_A, shared, rank), _leading(factors.Q_S, factors.Lambda.sum(dim=1), rank)
                 projections[layer.name] = Projection(P_i, P_o)
@@ -101,7 +99,7 @@ def save_factors(path: Path, factors: SegmentFactors) -> None:
     if bad:
         raise ValueError(f"curvature: {bad[0]} is not finite; likely the checkpoint has diverged: look at the training loss")
     facts = {"layers": [asdict(layer) for layer in factors.layers], "num_documents": factors.num_documents}
-    metadata = {"factors": json.dumps(facts)}  # one key: safetensors writes several in an order that changes from run to run
+    metadata = {"factors": json.dumps(facts)}  # a single key, since safetensors writes several in an order that varies
     with whole(path) as part:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
 

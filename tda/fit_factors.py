@@ -1,8 +1,10 @@
 """Fitting the EK-FAC factors of a segment, for as many layers at a time as memory has room for.
 
-Factors grow with the square of a layer's width: those of Llama-3-8B are 92 GB of covariances. Layers are therefore taken in
-blocks, each fitted by passes of its own, which see the same sampled labels: factors do not depend on how layers are divided. A
-pass goes back no further than to its block's first layer.
+Factors grow with the square of a layer's width: the covariances of Llama-3-8B are 92 GB. Layers are therefore fitted in blocks,
+each by passes of its own. All passes see the same sampled labels, so factors do not depend on how layers are divided, and a
+backward pass ends at the first layer of its block.
+
+    fit_factors -> per block: _fit_plain, and _fit_scaled for AdamW's symmetric form -> Passes.over -> the passes of ekfac.py
 """
 
 import contextlib
@@ -27,24 +29,24 @@ from tda.projection import Projection
 from tda.task import Task
 from tda.usage import free_memory, memory_rise
 
-NUM_SHARDS = 4  # per checkpoint; fixed, so that sums are taken in one order whatever the number of workers
+NUM_SHARDS = 4  # of the data, per checkpoint; fixed, so that the order of sums does not depend on the number of workers
 FLOAT = 4  # bytes
-SHARE_OF_FREE = 0.6  # of the memory that is free beside the model; activations and eigendecompositions need some too
-SHARE_BESIDE_A_PASS = 0.8  # of what is free on a GPU beside the model and a batch's activations, which are measured there
+SHARE_OF_FREE = 0.6  # of the free memory that factors may take; activations and eigendecompositions need the rest
+SHARE_BESIDE_A_PASS = 0.8  # the same on a GPU, where the activations of a batch are measured and already taken off
 
 Result = TypeVar("Result")
-Work = Callable[[nn.Module, Iterator, torch.Generator, Result | None], Result]  # what to add to comes last
+Work = Callable[[nn.Module, Iterator, torch.Generator, Result | None], Result]  # (model, batches, generator, sums to add to)
 
 
 class OneModel:
-    """The model at one checkpoint at a time, on the device: the one before is let go before the next is loaded."""
+    """Holds the model of one checkpoint on the device, and frees it before it loads another."""
 
     def __init__(self, load: Callable[[str | int], nn.Module], device: torch.device):
         self._load, self._device = load, device
         self._held: tuple[str | int, nn.Module] | None = None
 
     def at(self, checkpoint: str | int) -> nn.Module:
-        """The model at that checkpoint; not to be kept."""
+        """The model at a checkpoint; callers must not keep a reference to it."""
         if self._held is None or self._held[0] != checkpoint:
             self._held = None
             self._held = checkpoint, self._load(checkpoint).to(self._device)
@@ -52,14 +54,14 @@ class OneModel:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the weights' dtype, where they are."""
+        """An empty tensor with the dtype and the device of the weights."""
         assert self._held is not None, "no checkpoint was asked for yet"
         return next(self._held[1].parameters()).new_empty(0)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes over the data at every checkpoint: how documents become batches, and where they go through which model."""
+    """Passes over the data at every checkpoint of a segment."""
 
     checkpoints: Sequence[str | int]
     model: OneModel
@@ -71,9 +73,9 @@ class Passes:
     device: torch.device
 
     def over(self, work: Work[Result], add: Callable[[Result, Result], Result], description: str, *, salt: int) -> Result:
-        """The sum of `work` over all parts of the data at every checkpoint; `salt` decides which labels it draws.
+        """The sum of `work` over all shards of the data at every checkpoint; passes with another `salt` draw other labels.
 
-        On the CPU parts are done in parallel, each into sums of its own, so that these do not depend on the number of workers.
+        On the CPU shards run in parallel, each with sums of its own, which are then added in a fixed order.
         """
         parts = [(checkpoint, shard) for checkpoint in self.checkpoints for shard in range(NUM_SHARDS)]
         total: Result | None = None
@@ -86,7 +88,7 @@ class Passes:
         return total
 
     def part(self, work: Work[Result], checkpoint: str | int, shard: int, *, salt: int, into: Result | None = None) -> Result:
-        """`work` over one part of the data at one checkpoint, added to `into` if it is given."""
+        """`work` over one shard of the data at one checkpoint; its sums are added to `into` if that is given."""
         number = self.checkpoints.index(checkpoint) * NUM_SHARDS + shard
         generator = torch.Generator(self.device).manual_seed((self.seed * 8 + salt) * 2**20 + number)
         model = self.model.at(checkpoint)
@@ -95,7 +97,7 @@ class Passes:
 
     @property
     def apart(self) -> bool:
-        """Whether every part of the data has sums of its own."""
+        """Whether every shard of the data has sums of its own."""
         return self.device.type == "cpu"
 
     @cached_property
@@ -127,13 +129,28 @@ def fit_factors(
     room: float | None = None,
     fitted: bool = True,
 ) -> SegmentFactors:
-    """EK-FAC of one segment: covariances and eigenvalues are averaged over its checkpoints, the basis is common to them.
+    """EK-FAC of one segment, on the CPU: covariances and eigenvalues averaged over its checkpoints, in one common basis.
 
-    Labels are sampled afresh at every checkpoint and in every pass. `weight` is the training loss's factor on an example's summed
-    loss. With `projections`, everything happens in projected space. `packed` documents stand one after another without padding,
-    if the model keeps them apart. `room` is what factors may take at once, in bytes; by default most of what is free. With
-    `fitted` off the projections are all there is: the factors are left to `row_curvature`. Factors are on the CPU. A layer that
-    alone takes more memory than there is is refused with ValueError.
+    Args:
+        checkpoints: names of the segment's checkpoints, as `load` takes them.
+        load: gives the model at a checkpoint.
+        data: what the factors are fitted on.
+        task: its loss, with sampled labels, drawn anew at every checkpoint and in every pass.
+        pattern: a regular expression on names of layers; those that match are tracked.
+        weight: the training loss's factor on an example's summed loss.
+        P: AdamW's preconditioner by layer; empty without one.
+        adam: how it enters (`preconditioner.py`); only "symmetric" needs factors of its own here.
+        projections: makes projections of the layers; with it, everything happens in projected space.
+        batch_tokens: tokens (or examples) of a batch.
+        seed: of the sampled labels.
+        workers: processes, on a CPU.
+        device: where passes run.
+        packed: whether documents are packed without padding, if the model can keep them apart.
+        room: bytes that factors may take at once; by default most of what is free.
+        fitted: if not, only layers and projections are determined, and the factors are left to `row_curvature`.
+
+    Raises:
+        ValueError: a layer, or layers that share an input, whose factors alone take more memory than there is.
     """
     model = OneModel(load, device)
     layers = tracked_layers(
@@ -162,7 +179,7 @@ def fit_factors(
 
 
 def _room(passes: Passes, layers: Sequence[Layer], *, task: Task) -> float:
-    """Bytes for factors beside everything else that a pass needs."""
+    """Bytes that are left for factors beside everything else that a pass needs."""
     if passes.apart:
         return SHARE_OF_FREE * free_memory(passes.device)
 
@@ -176,7 +193,7 @@ def _room(passes: Passes, layers: Sequence[Layer], *, task: Task) -> float:
 def layer_blocks(
     layers: Sequence[Layer], *, room: float, copies: int, narrow: bool = False, scaled: bool = False
 ) -> list[list[Layer]]:
-    """`layers` in their order, as many in a block as can be fitted in `room` bytes; those that share an input stay together."""
+    """`layers` in blocks, in their order: as many in each as can be fitted in `room` bytes. Layers of a group stay together."""
     blocks: list[list[Layer]] = []
     for group in dict.fromkeys(layer.group for layer in layers):
         members = [layer for layer in layers if layer.group == group]
@@ -199,10 +216,10 @@ def _check_fits(blocks: list[list[Layer]], free: int, *, copies: int, narrow: bo
 
 
 def bytes_to_fit(layers: Sequence[Layer], *, copies: int, narrow: bool = False, scaled: bool = False) -> int:
-    """The most that sums and bases of `layers` take: all covariances, or the bases (`narrow`: of plain gradients in
-    bfloat16) and all eigenvalues.
+    """The most bytes that fitting `layers` takes: all covariances, or later the bases and all eigenvalues.
 
-    `copies` is how many sums of a kind there are at once: the one, or each worker's and the total.
+    `copies` is how many sums of a kind exist at once: one, or each worker's and the total. With `narrow`, bases are in bfloat16
+    (but those of `scaled` gradients never are).
     """
     outputs = sum(layer.d_out**2 for layer in layers)
     inputs = sum(layer.d_in**2 for layer in layers if scaled or layer.name == layer.group)
@@ -229,7 +246,7 @@ def _fit_plain(
     rotated = basis
     if projections is not None:
         rotated = {one: (projections[one].P_i @ Q_A, projections[one].P_o @ Q_S) for one, (Q_A, Q_S) in basis.items()}
-    rotated = basis_like(passes.model.like, rotated)  # once for all parts of the data
+    rotated = basis_like(passes.model.like, rotated)  # once for all shards
 
     def correct(model: nn.Module, batches: Iterator, generator: torch.Generator, into: Squares | None) -> Squares:
         return corrected_eigenvalues(model, layers, batches, task=task, basis=rotated, generator=generator, into=into)
@@ -252,9 +269,9 @@ def _fit_scaled(
 
     sums, _none = passes.over(scale(None), add, f"scaled covariances{name}", salt=3)
     basis = scaled_eigenbasis(sums, layers)
-    rotations = basis_like(at_least_float32(passes.model.like), basis)  # once for all parts of the data
+    rotations = basis_like(at_least_float32(passes.model.like), basis)  # once for all shards
     counted, Lambda = passes.over(scale(rotations), add, f"scaled eigenvalues{name}", salt=4)
-    return _factors(basis, Lambda, weight=weight / counted.num_tokens)
+    return _factors(basis, Lambda, weight=weight / counted.count)
 
 
 Squares = tuple[dict[str, Tensor], int]  # sums over documents, by layer, and the number of documents

@@ -1,9 +1,7 @@
-"""One run of any model, with what attribution methods ask of it, each worked out when it is first asked for.
+"""A run of any model with everything that attribution methods need of it, each computed when first used and then kept.
 
-All happens on the device that the run's model is on.
-
-The in-memory counterpart of the pipeline's artifacts: the same segments, the same factors, the same SOURCE, on gradients that are
-computed when they are needed instead of being read from a store.
+This is the in-memory counterpart of the pipeline's artifacts: the same segments, factors and SOURCE, but gradients are computed
+when they are needed instead of read from a store. Everything runs on the device of the run's model.
 """
 
 import warnings
@@ -31,8 +29,7 @@ from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
 from tda.trajectory import Run
 
-VALUES_AT_ONCE = 2**23  # numbers of a few queries in the largest vector or activation of a product
-
+VALUES_AT_ONCE = 2**23  # values in the largest tensor of a Gauss-Newton product, over the queries that are multiplied together
 
 Positive = Annotated[float, Field(gt=0)]
 FromZero = Annotated[float, Field(ge=0)]
@@ -42,39 +39,39 @@ CountFromZero = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """What methods can be told; each reads what concerns it."""
+    """Settings of the methods. A name in front of a comment says which method reads it; the others are for all."""
 
     num_segments: Count = 3
     segments_by: Literal["steps", "learning_rate"] = "steps"
-    weights: Literal["last", "mean"] = "last"  # of a checkpoint: its own, or the mean of those since the checkpoint before
-    layers: str = EVERY_LAYER  # which linear layers are tracked: a regular expression on the whole name
-    adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW's preconditioner enters SOURCE
-    damping: Positive = 0.1  # EK-FAC influence functions: in mean eigenvalues of each layer
+    weights: Literal["last", "mean"] = "last"  # a checkpoint's own weights, or their mean over the steps since the one before
+    layers: str = EVERY_LAYER  # which linear layers are tracked: a regular expression that matches the whole name
+    adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW enters the curvature (`preconditioner.py`)
+    damping: Positive = 0.1  # ekfac_influence: in mean eigenvalues of each layer
     counterfactual_end: Annotated[float, Field(gt=0, le=1)] = (
-        0.5  # averaged_influence, surrogate: part of the run without the row
+        0.5  # averaged_influence, surrogate: steps of a retraining / the run
     )
-    damping_scale: FromZero = 4.0  # averaged_influence: of 1/(eta_bar K)
-    rounds: Count = 3  # averaged_influence: of block Krylov
-    solver_terms: CountFromZero = 8192  # averaged_influence: terms of the loss whose curvature it solves with; 0: all
-    ridge_scale: FromZero = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 of a classifier, 1 of a regression
-    splits: CountFromZero = 0  # surrogate: random splits of the rows in two halves; 0: 4 of a classifier, 16 of a regression
+    damping_scale: FromZero = 4.0  # averaged_influence: its damping in units of 1/(eta_bar K)
+    rounds: Count = 3  # averaged_influence: rounds of block Krylov
+    solver_terms: CountFromZero = 8192  # averaged_influence: terms of the loss in the Gauss-Newton matrix; 0: all
+    ridge_scale: FromZero = 0.0  # surrogate: in 2/(eta_bar K) + weight decay; 0: 2.5 for a classifier, 1 for a regression
+    splits: CountFromZero = 0  # surrogate: random splits of the rows into halves; 0: 4 for a classifier, 16 for a regression
     retrainings: CountFromZero = 100  # datamodel: on random halves of the rows, in pairs
-    prior: str = ""  # datamodel: the method whose scores it corrects; "": the most accurate that takes the task
-    curvature_examples: CountFromZero = 0  # rows that curvature is fitted on; 0: all
-    iterations: CountFromZero = 0  # of a solver; 0: 20 of conjugate gradients, 200 stochastic ones
-    solver_damping: FromZero = 0.0  # of cg, lissa and astra, in the unit of the curvature; 0: as training implies
-    solver_examples: CountFromZero = 512  # rows whose curvature conjugate gradients solve with; 0: all
-    projection_size: Count = 512  # values of a gradient in TRAK
-    batch_size: CountFromZero = 0  # tokens of documents, or examples, at once; 0: 4096 and 256
+    prior: str = ""  # datamodel: the method whose scores it corrects; "": the most accurate one for the task
+    curvature_examples: CountFromZero = 0  # rows on which EK-FAC is fitted; 0: all
+    iterations: CountFromZero = 0  # of a solver; 0: 20 of conjugate gradients, 200 of the stochastic ones
+    solver_damping: FromZero = 0.0  # cg, lissa, astra: in the unit of the curvature; 0: as training implies
+    solver_examples: CountFromZero = 512  # cg, lissa, source_cg: rows in the Gauss-Newton matrix; 0: all
+    projection_size: Count = 512  # trak: values of a projected gradient
+    batch_size: CountFromZero = 0  # tokens (documents) or examples in a batch; 0: 4096 or 256
     seed: CountFromZero = 0
     workers: Count = 1  # processes that fit curvature
 
     @classmethod
     def of(cls, *, origin: str = "attribute", **settings: object) -> "Settings":
-        """Settings by name, numbers as text too; messages begin with `origin`.
+        """Settings by name; numbers may be text. Messages begin with `origin`.
 
         Raises:
-            ValueError: one of them is unknown, or has a value that no method takes.
+            ValueError: a setting is unknown, or its value is not allowed.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(settings) - set(known))
@@ -90,7 +87,7 @@ class Settings:
 
 
 class Fitted:
-    """A run, its task, its training data and queries: everything that a method needs."""
+    """A run, its task, its training data and queries, and what methods compute from them."""
 
     def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings, *, retrain: Retrain | None = None):
         self._retrain = retrain
@@ -118,7 +115,7 @@ class Fitted:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The tracked layers; a warning says if they hold few of the weights, unless the settings choose among layers."""
+        """The tracked layers. Warns if much of the model is not tracked, unless `settings.layers` chose it so."""
         model = self.model(-1)
         layers = tracked_layers(model, self.settings.layers, probe=self._probe)
         check_apart(model, layers, self._batch(range(min(2, len(self.train)))), task=self.task)
@@ -137,6 +134,11 @@ class Fitted:
         """The model at a checkpoint; -1 is the last one."""
         return self.run.at(checkpoint, mean=self.settings.weights == "mean")
 
+    @property
+    def final(self) -> int:
+        """The index of the last checkpoint."""
+        return len(self.run.checkpoints) - 1
+
     @cached_property
     def rates(self) -> np.ndarray:
         """(step,) effective learning rates."""
@@ -153,7 +155,7 @@ class Fitted:
 
     @cached_property
     def exposure(self) -> np.ndarray:
-        """(row, segment): the share of the segment's learning rate that went through the row."""
+        """(row, segment): the share of the segment's learning rate that the row received."""
         return self._exposure([segment.last_step for segment in self.segments])
 
     def _exposure(self, last_steps: list[int]) -> np.ndarray:
@@ -187,7 +189,7 @@ class Fitted:
         for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
             yield self._batch(rows)
 
-    def dot(self, _segment: Segment, checkpoint: int, queries: Gradients) -> np.ndarray:
+    def dot(self, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
         model = self.model(checkpoint)
         dots = np.zeros((len(self.train), len(next(iter(queries.values())))))
@@ -209,7 +211,7 @@ class Fitted:
         return [self.segment_factors(segment, segment.checkpoints) for segment in self.segments]
 
     def segment_factors(self, segment: Segment, checkpoints: list[int]) -> SegmentFactors:
-        """EK-FAC over `checkpoints`, on rows that the segment trained on."""
+        """EK-FAC averaged over `checkpoints`, on rows that the segment trained on."""
         seen = self._seen(segment, self.settings.curvature_examples)
         adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
         return fit_factors(
@@ -234,7 +236,7 @@ class Fitted:
         return rows_seen(self.exposure, segment.index, num, seed=[self.settings.seed, segment.index, *salt])
 
     def product(self, segment: Segment, checkpoints: list[int]) -> Product:
-        """The Gauss-Newton product in the segment, averaged over `checkpoints`, on a fixed set of its rows."""
+        """Products with the segment's Gauss-Newton matrix: the mean over `checkpoints`, on a fixed set of its rows."""
         rows = self._seen(segment, self.settings.solver_examples)
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
         batches = [self._batch(rows[chosen].tolist()) for chosen in plan]
@@ -246,10 +248,10 @@ class Fitted:
         return lambda v: torch.cat([mean(block) for block in v.split(self.queries_at_once)])
 
     def retrained(self, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
-        """A model for every training: by the function that was handed over for it, else by the run's own steps.
+        """A model for every training: by the user's `retrain` if there is one, else by repeating the run's steps.
 
         Raises:
-            ValueError: the function gives fewer models, or the run cannot be trained again.
+            ValueError: `retrain` gives another number of models, or the run cannot be repeated.
         """
         if self._retrain is None:
             yield from retrained(self.run, self.task, self.train, trainings)
@@ -263,12 +265,12 @@ class Fitted:
 
     @property
     def queries_at_once(self) -> int:
-        """How many queries a product is taken of at once: as many as keep its tangents in a processor's cache, or nearly."""
+        """How many queries are multiplied together: as many as keep the tangents nearly in the processor's cache."""
         positions = max(self.batch_size, int(self.train.lengths.max()))
         return queries_at_once(self.layers, positions=positions, values=VALUES_AT_ONCE)
 
     def stochastic_products(self, segment: Segment, checkpoint: int) -> Callable[[int], Product]:
-        """For every number, the product on rows drawn afresh, as many as `batch_size` says."""
+        """For every number k, products with the Gauss-Newton matrix of a random batch of rows (of `batch_size`)."""
         model = self.model(checkpoint)
         num = max(1, round(self.batch_size / self.train.lengths.mean()))
 

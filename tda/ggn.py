@@ -1,10 +1,10 @@
-"""Products with the Gauss-Newton matrix of the training loss over all tracked layers together, which is never formed.
+"""Products with the Gauss-Newton matrix G of the training loss over all tracked layers; G itself is never formed.
 
     G v = mean over rows of  w sum over terms of  J^T H J v
 
-`J` is the derivative of a term's outputs by the tracked weights, `H` the second derivative of its loss by the outputs (Martens
-2020, section 3), `w` the training loss's factor on a row's summed loss: the unit of `EKFAC.Lambda`. A vector is a row per query,
-the layers' (d_out, d_in) matrices side by side.
+`J` is the derivative of a term's outputs by the tracked weights, and `H` the second derivative of its loss by the outputs
+(Martens 2020, section 3). `w` is the training loss's factor on a row's summed loss, as for `EKFAC.Lambda`. Vectors are (query,
+value): a row per query, the layers' (d_out, d_in) matrices flattened side by side (`pack`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ Product = Callable[[Float[Tensor, "query value"]], Float[Tensor, "query value"]]
 
 
 def pack(matrices: dict[str, Float[Tensor, "*query d_out d_in"]], layers: Sequence[Layer]) -> Float[Tensor, "*query value"]:
-    """The layers' matrices as one row."""
+    """The layers' matrices, flattened side by side."""
     return torch.cat([matrices[layer.name].flatten(-2) for layer in layers], dim=-1)
 
 
 def unpack(values: Float[Tensor, "*query value"], layers: Sequence[Layer]) -> dict[str, Float[Tensor, "*query d_out d_in"]]:
-    """`pack` undone."""
+    """The inverse of `pack`."""
     parts = values.split([layer.d_out * layer.d_in for layer in layers], dim=-1)
     return {layer.name: part.unflatten(-1, (layer.d_out, layer.d_in)) for layer, part in zip(layers, parts, strict=True)}
 
@@ -37,14 +37,16 @@ def unpack(values: Float[Tensor, "*query value"], layers: Sequence[Layer]) -> di
 def gauss_newton_product(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch | TensorBatch], *, task: Task, weight: float
 ) -> Product:
-    """The product with the mean over the rows of `batches`; `weight` is `w` above.
+    """Products with G, the mean over the rows of `batches`; `weight` is `w` above.
+
+    Uses forward-mode derivatives, or two backward passes for a model with operations that have none.
 
     Raises:
         ValueError: the model is in training mode.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every product another one; call model.eval() first")
-    plain_head(model)  # what it has to run, it runs before it is differentiated
+    plain_head(model)  # probes a model it has not seen: before it is differentiated
     network, modules = _Outputs(model, task), linear_modules(model)
     weights = {layer.name: _matrix(layer, modules[layer.name]).detach() for layer in layers}
     num_rows = sum(len(batch.rows) for batch in batches)
@@ -68,7 +70,7 @@ def gauss_newton_product(
 
     @torch.enable_grad()
     def back_twice(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
-        """J v is the derivative of J^T u by u: for models with operations that have no forward derivative."""
+        """J v without forward mode: the derivative of J^T u by u, applied to v."""
         matrices = {name: matrix.detach().requires_grad_() for name, matrix in weights.items()}
         held = [matrices[layer.name] for layer in layers]
         z = outputs(matrices, batch)
@@ -84,19 +86,19 @@ def gauss_newton_product(
             products.append(torch.cat([part.flatten() for part in torch.autograd.grad(z, held, HJv, retain_graph=True)]))
         return torch.stack(products)
 
-    way = forward_and_back
+    multiply = forward_and_back
 
     def product(v: Float[Tensor, "query value"]) -> Float[Tensor, "query value"]:
-        nonlocal way
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward derivative, nor a second
+        nonlocal multiply
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward and no second derivative
             try:
-                return sum(way(batch, v) for batch in batches) * (weight / num_rows)
+                return sum(multiply(batch, v) for batch in batches) * (weight / num_rows)
             except DEVICE_ERRORS:
                 raise
             except RuntimeError:  # an operation has no forward derivative, or none that `torch.func` finds
-                if way is back_twice:
+                if multiply is back_twice:
                     raise
-                way = back_twice
+                multiply = back_twice
         return product(v)
 
     return product
@@ -119,6 +121,6 @@ class _Outputs(nn.Module):
 
 
 def queries_at_once(layers: Sequence[Layer], *, positions: int, values: int) -> int:
-    """How many queries have about `values` numbers in a vector, or in one layer at a batch's `positions`; at least one."""
+    """For how many queries a vector, or one layer's activations at `positions`, has about `values` values; at least one."""
     vector = sum(layer.d_out * layer.d_in for layer in layers)
     return max(1, values // max(vector, positions * max(max(layer.d_out, layer.d_in) for layer in layers)))

@@ -1,4 +1,7 @@
-"""Logging the gradient rows of documents at one checkpoint into the store."""
+"""Stage `gradients`: the gradient rows of all documents at one checkpoint, computed and written to the store.
+
+documents -RowEngine.plan-> batches -RowEngine.numbers-> rows and losses -write_rows-> store -seal-> manifest
+"""
 
 import contextlib
 import functools
@@ -31,18 +34,18 @@ from tda.stored_rows import Rows
 from tda.streaming import Copy, HostBuffers, in_background, start_copy
 from tda.task import CausalLM
 
-WORTH_PACKING = 0.2  # share of padding; on a CPU packing takes 1.0 of the time at a tenth, and 0.88 at a quarter
+WORTH_PACKING = 0.2  # share of padding; on a CPU, packing takes 1.0 times as long at a share of 0.1, 0.88 times at 0.25
 
 
 def segment_projections(config: Config, factors: SegmentFactors) -> dict[str, Projection]:
-    """How gradients of the segment become rows; a function of the factors and `gradients` alone."""
+    """How gradients of a segment become rows: decided by its factors and the settings `gradients`, nothing else."""
     return factors.row_projections(kind=config.gradients.projection, rank=config.gradients.rank, seed=config.gradients.seed)
 
 
 def row_identity(config: Config, workspace: Workspace, checkpoint: int, projections: dict[str, Projection]) -> dict:
-    """Everything the rows of a checkpoint depend on beside the documents; rows of another identity never mix.
+    """Everything that the rows of a checkpoint depend on except the documents; a table has rows of one identity only.
 
-    A checkpoint whose weights are damaged is refused (ValueError).
+    A checkpoint whose weights are damaged is refused with ValueError.
     """
     folder = workspace.checkpoint(checkpoint)
     _check_weights(folder)
@@ -66,7 +69,7 @@ def row_identity(config: Config, workspace: Workspace, checkpoint: int, projecti
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse weights that are no whole file; their digest would only say that they are others."""
+    """Refuse weights that are not a whole file. Their digest would only show that they differ, not why."""
     mean = folder / MEAN_FILE
     for path in [mean] if mean.exists() else sorted((folder / "model").glob("*.safetensors")):
         try:
@@ -78,13 +81,10 @@ def _check_weights(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RowEngine:
-    """How documents become rows: their batches, by their lengths, and a batch's numbers on the device.
+    """How documents become rows, eagerly or by compiled layers."""
 
-    Numbers are (document, values + 1) in float32: the row and, in the last column, the mean loss, so that both are one copy.
-    """
-
-    plan: Callable[[np.ndarray], list[list[int]]]
-    numbers: Callable[[Documents, list[int]], Tensor]
+    plan: Callable[[np.ndarray], list[list[int]]]  # lengths of documents to batches of their numbers
+    numbers: Callable[[Documents, list[int]], Tensor]  # (document, values + 1) in float32: row, then mean loss, for a single copy
 
 
 @contextlib.contextmanager
@@ -97,12 +97,13 @@ def row_engine(
     device: torch.device,
     copy: Copy = start_copy,
 ) -> Iterator[RowEngine]:
-    """Packed documents through compiled layers where `compute.compile` says so, else documents of like length as they are.
+    """The engine that `compute.compile` asks for: packed documents through compiled layers, or documents of similar length.
 
-    These are packed only where they would have much padding, as few documents have: what attention then copies costs time too.
+    The latter are packed only where they would have much padding, which is rare: packing makes attention copy, which costs
+    time.
 
     Raises:
-        ValueError: layers are to be compiled of a model that does not keep packed documents apart.
+        ValueError: layers shall be compiled, but the model cannot keep packed documents apart.
     """
     batch_tokens = config.gradients.batch_tokens
     held = {name: one.to(device, model.dtype) for name, one in projections.items()}
@@ -141,11 +142,10 @@ def row_engine(
 
 
 def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int, copy: Copy = start_copy) -> dict:
-    """Write the rows of all `documents` that the table lacks; its manifest.
+    """Write the rows of `documents` that the table lacks, seal it, and return its manifest.
 
-    Documents that were there when the table was sealed last are not computed again. The rest are batched as a function of
-    themselves alone, and a batch that was not committed whole is done again whole: a run that was killed ends with the same rows.
-    Each batch is one copy to the device, where it is packed, and one back; a thread writes it while the next is computed.
+    Documents that the last sealed version has are skipped. The batches of the others depend on these documents alone, and a
+    batch that was not committed whole is computed again whole, so a run that was killed ends with the same rows.
     """
     segment = segment_with(workspace, checkpoint)
     factors = load_factors(workspace.curvature(segment.index))
@@ -158,7 +158,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
 
         def computed(rows: list[int]) -> Tensor | np.ndarray:
             numbers = engine.numbers(documents, rows)
-            return numbers.numpy() if device.type == "cpu" else numbers  # as an array it can come from another process
+            return numbers.numpy() if device.type == "cpu" else numbers  # arrays can be sent from a worker process
 
         call = stack.enter_context(worker_pool(computed, workers=num_workers(config.compute)))
         table = open_table(
@@ -189,14 +189,14 @@ def write_rows(
     device: torch.device,
     copy: Copy = start_copy,
 ) -> None:
-    """Write `RowEngine.numbers` of every batch: one copy to the host, where a thread writes them while the next are computed."""
+    """Write the `RowEngine.numbers` of every batch: one copy to the host, and a thread that writes while the next is computed."""
     buffers = HostBuffers(max(map(len, batches), default=0), table.dim + 1, device=device, copy=copy)
     copies = ((rows, buffers.fetch(one)) for rows, one in zip(batches, numbers, strict=True))
     in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
 
 
 def numbers_of(rows: Tensor, losses: Tensor) -> Tensor:
-    """A batch's rows and mean losses, as `RowEngine.numbers` has them."""
+    """A batch's rows and mean losses in the layout of `RowEngine.numbers`."""
     return torch.cat([rows.float(), losses.float()[:, None]], dim=1)
 
 
@@ -205,7 +205,7 @@ def _lacking(documents: Documents, rows: Iterable[int], present: dict[str, str])
 
 
 def _as_rows(documents: Documents, rows: list[int], numbers: np.ndarray) -> Rows:
-    """Rows of the store of vectors with the loss as their last column; nothing of `numbers` is kept, its memory is used again."""
+    """`RowEngine.numbers` as rows of the store. Copies, since the memory of `numbers` is used again."""
     vectors = numbers[:, :-1].copy()
     return Rows(
         doc_ids=[documents.ids[row] for row in rows],

@@ -1,4 +1,4 @@
-"""Gradients of single examples: LoGra rows for the store, full gradients of a few queries."""
+"""Per-example gradients: projected rows (LoGra) for the store, full gradients of a few queries, and dot products with these."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import no_type_check
@@ -15,7 +15,7 @@ from tda.packing import PackedBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
 
-QUERY_VALUES = 1 << 27  # gradient values of queries that are in memory at once
+QUERY_VALUES = 1 << 27  # values of query gradients that are in memory at once
 
 
 def gradient_rows(
@@ -26,10 +26,9 @@ def gradient_rows(
     task: Task,
     projections: dict[str, Projection],
 ) -> tuple[Float[Tensor, "batch values"], Float[Tensor, " batch"]]:
-    """The projected gradients `P_o^T G P_i` of every example's summed loss, layers side by side; its mean loss per
-    term.
+    """Every example's row `P_o^T G P_i`, layers side by side, with G the gradient of its summed loss; and its mean loss per term.
 
-    Sums over positions are taken in float32 or wider.
+    G is never formed: both sides are projected first. Sums over positions are in float32 or wider.
     """
     rows: dict[str, Tensor] = {}
 
@@ -51,20 +50,22 @@ def outer_products(outputs, inputs):
     return torch.bmm(at_least_float32(outputs).mT, at_least_float32(inputs)).flatten(1)
 
 
+def layer_input(layer: Layer, a: Tensor) -> Tensor:
+    """For `captured`: keep a layer's input as it is, with a 1 appended where there is a bias."""
+    return append_one(a, bias=layer.bias)
+
+
 def query_gradients(
     model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch | TensorBatch], *, task: Task
 ) -> tuple[dict[str, Float[Tensor, "query d_out d_in"]], list[int]]:
-    """The full gradient of every query's mean cost per term, by layer, and the queries' row numbers in their order."""
+    """Full gradients of the queries' mean costs per term, by layer; and the queries' numbers in the order of the gradients."""
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     order: list[int] = []
-
-    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return append_one(a, bias=layer.bias)
 
     def add_gradients(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         gradients[layer.name].append(Ds.mT @ a)
 
-    with captured(model, layers, encode=keep_inputs, consume=add_gradients):
+    with captured(model, layers, encode=layer_input, consume=add_gradients):
         for batch in batches:
             total, _costs = task.costs(model, batch, weights=1 / batch.sizes)
             total.backward()
@@ -80,7 +81,7 @@ def gradient_dots(
     task: Task,
     queries: dict[str, Float[Tensor, "query d_out d_in"]],
 ) -> Float[Tensor, "batch query"]:
-    """Dot products of `queries` with the full gradient of every example's summed loss, held for one layer at a time."""
+    """Dot products of `queries` with the gradient of every example's summed loss, which is formed for one layer at a time."""
 
     def dots(name: str, a: Tensor, Ds: Tensor) -> Tensor:
         if a.shape[1] == 1 or len(queries[name]) == 1:  # the sum of Ds^T q a: no gradient is formed
@@ -105,16 +106,13 @@ def _over_layers(
     task: Task,
     of: Callable[[str, Float[Tensor, "batch position d_in"], Float[Tensor, "batch position d_out"]], Tensor],
 ) -> Tensor:
-    """The sum over layers of a function of every example's inputs and pseudo-gradients there."""
+    """The sum over layers of `of(layer name, a, Ds)`, a function of every example's inputs and pseudo-gradients."""
     parts: list[Tensor] = []
-
-    def keep_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return append_one(a, bias=layer.bias)
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         parts.append(of(layer.name, a, Ds))
 
-    with captured(model, layers, encode=keep_inputs, consume=add):
+    with captured(model, layers, encode=layer_input, consume=add):
         total, _losses = task.losses(model, batch)
         total.backward()
     return torch.stack(parts).sum(dim=0)
@@ -148,6 +146,6 @@ def check_apart(model: nn.Module, layers: Sequence[Layer], batch: Batch | Tensor
 def project_queries(
     gradients: dict[str, Float[Tensor, "query d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
 ) -> Float[Tensor, "query values"]:
-    """Full gradients as rows, in the layout of `gradient_rows`."""
+    """Full gradients projected to rows, in the layout of `gradient_rows`."""
     projected = (projections[layer.name].to(gradients[layer.name].device).apply(gradients[layer.name]) for layer in layers)
     return torch.cat([rows.flatten(1) for rows in projected], dim=1)

@@ -1,6 +1,7 @@
-"""Reads a user's documents; a malformed row is put aside with its place and the reason, never silently lost."""
+"""Reading a user's documents. Malformed rows are put into quarantine, with their place and the reason, never silently lost."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Reading:
 
 class _Refused(Exception):  # noqa: N818 (not an error of the program: the row is put aside)
     """The row is not a document; the message is the reason."""
+
+
+def part_of(document: Document, general_sources: Collection[str]) -> str:
+    """The part of training that a document is in: the one that it names, else the one of its source."""
+    return document.part or ("general" if document.source in general_sources else "mixed")
 
 
 def content_hash(text: str) -> str:

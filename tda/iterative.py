@@ -1,4 +1,4 @@
-"""Solvers of `A x = b` that ask only for products with the matrix; every row of a tensor is a system of its own."""
+"""Iterative solvers of `A x = b` for symmetric positive A, by products with A. Every row of `b` is a system of its own."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 Rows = Float[Tensor, "query value"]
-ENERGY_FLOOR = 1e-6  # of the largest: directions below it are rounding errors of float32 products
+ENERGY_FLOOR = 1e-6  # relative to the largest: directions of less energy are rounding errors of float32 products
 Map = Callable[[Tensor], Tensor]  # (query, value) to (query, value), row by row
 
 
 def conjugate_gradients(product: Map, b: Rows, *, precondition: Map, iterations: int, from_zero: bool = False) -> Rows:
-    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952), from `precondition(b)`; both maps symmetric and positive.
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952); `product` and `precondition` are symmetric and positive.
 
-    A row that is solved to rounding stays where it is. `from_zero` the first iteration finds the best multiple of
-    `precondition(b)`, where otherwise that itself is the start, and costs a product.
+    They start from `precondition(b)`, which costs one product. With `from_zero` they start from 0, and the first iteration
+    finds the best multiple of `precondition(b)`. A row that is solved to rounding stays as it is.
     """
     first = precondition(b)
     floor = torch.finfo(b.dtype).eps ** 2 * _dots(b, first)  # squared, since `rz` is a squared norm
@@ -39,12 +39,12 @@ def conjugate_gradients(product: Map, b: Rows, *, precondition: Map, iterations:
 
 
 def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Rows:
-    """Galerkin's solution in the space of all rows' search directions together; `product` and `precondition` as above.
+    """Every row's best solution in the space of all rows' search directions (Galerkin's method).
 
-    Round k adds every row's preconditioned residual to the space (block conjugate gradients, O'Leary 1980, without its short
-    recurrence, which loses rank where queries are alike). A round costs what an iteration of conjugate gradients costs, and with
-    many rows is worth several: each row is also solved along the others' directions. Memory: 2 `rounds` tensors like `b`, and a
-    few more; for a single row, whose space is that of conjugate gradients, the few.
+    Each round adds every row's preconditioned residual to the space. This is block conjugate gradients (O'Leary 1980) without
+    the short recurrence, which loses rank if rows are alike. A round costs as much as an iteration of conjugate gradients, but
+    with many rows it is worth several, because each row also uses the directions of the others. Memory: 2 `rounds` tensors like
+    `b` and a few more. A single row is solved by conjugate gradients, which need only the few.
     """
     if len(b) == 1:
         return conjugate_gradients(product, b, precondition=precondition, iterations=rounds, from_zero=True)
@@ -63,7 +63,7 @@ def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Ro
 def _galerkin(
     SAS: Float[Tensor, "direction direction"], Sb: Float[Tensor, "direction query"]
 ) -> Float[Tensor, "direction query"]:
-    """`(S A S^T)^-1 S b`, along directions of unit energy, without those that are lost in rounding."""
+    """`(S A S^T)^-1 S b`, with directions scaled to unit energy, and without those that are lost in rounding."""
     scale = SAS.diagonal().clamp_min(torch.finfo(SAS.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh((SAS + SAS.T) / 2 * scale * scale[:, None])
     kept = values > ENERGY_FLOOR * values[-1]
@@ -83,8 +83,8 @@ def descend(
 ) -> Rows:
     """`x <- x - step_size P^-1 (A_k x - b)` from `P^-1 b`, with heavy-ball momentum; `products(k)` is `A_k`, an estimate of A.
 
-    With a constant preconditioner and no momentum: the Neumann series, LiSSA (Agarwal et al. 2017). With EK-FAC's: ASTRA
-    (arXiv 2507.14740, section 4), which halves its step every so many iterations, 0 for never.
+    With a constant preconditioner and no momentum this is the Neumann series of LiSSA (Agarwal et al. 2017). With EK-FAC as the
+    preconditioner it is ASTRA (arXiv 2507.14740, section 4). The step is halved every `halve_every` iterations; 0 is never.
 
     Raises:
         ValueError: it has diverged.

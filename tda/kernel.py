@@ -1,13 +1,13 @@
-"""The empirical tangent kernel of a model: how alike two examples are to training, over all tracked layers at once.
+"""The empirical neural tangent kernel of a model over all tracked layers.
 
     K(x, x') = 1/C sum over outputs k of < gradient of f_k at x, gradient of f_k at x' >
 
-averaged over the C outputs (the pseudo-kernel of Mohamadi, Bae and Sutherland 2023, arXiv 2206.12543). Nothing is assumed of the
-curvature between layers: a layer's part is the product of the Gram matrices of its inputs and of its pseudo-gradients, which is
-exact where an example has one position, and that of whole gradients where it has several.
+It is averaged over the C outputs (the pseudo-NTK of Mohamadi, Bae and Sutherland 2023, arXiv 2206.12543), and exact. If
+examples have one position, a layer's part is the product of two Gram matrices, of its inputs and of its pseudo-gradients; if
+they have several, it is the Gram matrix of whole gradients.
 
-An optimizer that moves weights by P g trains in the kernel of gradients scaled by P^(1/2). With a P that is an outer product,
-that scales inputs and pseudo-gradients (`rank_one_roots`).
+An optimizer that moves weights by P g trains in the kernel of gradients scaled by P^(1/2). If P is an outer product, scaling
+gradients means scaling inputs and pseudo-gradients (`rank_one_roots`).
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,16 @@ from tda.model import Layer
 from tda.projection import append_one
 from tda.task import Task
 
-MEAN_FLOOR = 1e-3
+MEAN_FLOOR = 1e-3  # of means of second moments, relative to the overall mean
 BLOCK_VALUES = 1 << 27  # values of whole gradients that are in memory at once
-
-
-Roots = tuple[Float[Tensor, " d_out"], Float[Tensor, " d_in"]]
+Roots = tuple[Float[Tensor, " d_out"], Float[Tensor, " d_in"]]  # their outer product is P^(1/2)
 
 
 def rank_one_roots(v: Float[Tensor, "d_out d_in"]) -> Roots:
-    """Factors of the root of Adam's P = v^(-1/2), with `v` (bias-corrected second moments) as the outer product of its means.
+    """Factors of the root of Adam's P = v^(-1/2), for `v` (bias-corrected second moments) as the outer product of its means.
 
-    That is Adafactor's form (Shazeer and Stern 2018). Means below a thousandth of the overall one, as of dead units, are taken to
-    be that large: the P of a weight that never had a gradient says nothing.
+    Adafactor approximates `v` in this way (Shazeer and Stern 2018). Means are at least `MEAN_FLOOR` of the overall mean:
+    smaller ones are of dead units, and the P of a weight that never had a gradient means nothing.
     """
     mean = v.mean()
     by_row, by_column = (v.mean(dim=dim).clamp_min(MEAN_FLOOR * mean) for dim in (1, 0))
@@ -50,7 +48,7 @@ def tangent_kernel(
     batch_size: int,
     roots: dict[str, Roots] | None = None,
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n output"]]:
-    """The kernel of all pairs of examples in `data`, and their outputs; `roots` as above, by layer.
+    """The kernel of all pairs of examples in `data`, and their outputs; `roots` (by layer) scales gradients.
 
     Raises:
         ValueError: an example has more than one term in the loss, so that its outputs are not one vector.

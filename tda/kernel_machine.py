@@ -1,14 +1,14 @@
-"""Kernel machines: what training to a loss gives in a model's tangent space, and what one more row would change there.
+"""Kernel machines: the result of training in a model's tangent kernel, and how one more row would change it.
 
     minimise over f = K alpha     1/n sum over rows of loss(f_i, y_i) + ridge/2 |f|_K^2
 
-A machine is its coefficients `alpha` (row, output), the same kernel serving every output. Adding row z, with residual r_z (minus
-the derivative of its loss) and curvature w_z (of its loss along r_z), moves outputs by
+A machine is its coefficients `alpha` (row, output); all outputs share the kernel. Adding a row z to the rows S, with residual
+r_z (minus the derivative of its loss) and curvature w_z (of its loss along r_z), changes outputs by
 
     f(q) -> f(q) + k(q, z) r_z / (1 + w_z k(z, z)),      k = (K - K_.S (K_S + n ridge H^-1)^-1 K_S.) / (n ridge)
 
-with H the Hessian of the rows' losses in their outputs. That is exact for a squared loss, and one Newton step for cross-entropy.
-A `RowCurvature` has one number per row for H; `SoftmaxCurvature` is that of a classifier, whose outputs the Hessian couples.
+where H is the Hessian of the rows' losses by their outputs. This is exact for the squared error, and a Newton step for
+cross-entropy. `RowCurvature` has one number per row as H; `SoftmaxCurvature` is for a classifier, where H couples the outputs.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ MAX_ITERATIONS, TOLERANCE = 200, 1e-3
 class SquaresMachine:
     """Machines of the squared error, whose second derivative is 2: kernel ridge regression."""
 
-    ridge_scale: float = 1.0  # of what training implies (`surrogate.py`): what follows is exact
-    splits: int = 16  # one matrix to factorise for every half
+    ridge_scale: float = 1.0  # in units of the ridge that training implies (`surrogate.py`)
+    splits: int = 16  # a half takes one factorisation
 
     def fit(self, K_S: Float[Tensor, "row row"], y: Num[Tensor, "row ..."], *, ridge: float) -> Float[Tensor, "row output"]:
         """The coefficients of the minimum."""
@@ -49,8 +49,8 @@ class SoftmaxMachine:
     """Machines of the cross-entropy; see `SquaresMachine`."""
 
     num_classes: int
-    ridge_scale: float = 2.5  # one Newton step goes too far where rows are learned by heart (EXPERIMENTS.md, 2026-11-25)
-    splits: int = 4  # a matrix to factorise for every class of every half
+    ridge_scale: float = 2.5  # the Newton step goes too far for memorised rows (EXPERIMENTS.md, 2026-11-25)
+    splits: int = 4  # a half takes a factorisation for every class
 
     def fit(self, K_S: Float[Tensor, "row row"], y: Integer[Tensor, " row"], *, ridge: float) -> Float[Tensor, "row output"]:
         """The coefficients, by accelerated steps on the loss's quadratic bound of curvature 1/2 (Boehning 1992)."""
@@ -94,17 +94,17 @@ class RowCurvature:
         return self._root * torch.cholesky_solve(self._root * b, self._factor)
 
     def explained(self, K_S_point: Float[Tensor, "row point"]) -> Float[Tensor, " point"]:
-        """The diagonal of K_.S (K_S + n ridge H^-1)^-1 K_S.: what the rows know of each point."""
+        """The diagonal of K_.S (K_S + n ridge H^-1)^-1 K_S.: how much of K(point, point) the rows explain."""
         return torch.linalg.solve_triangular(self._factor, self._root * K_S_point, upper=False).square().sum(dim=0)
 
 
 class SoftmaxCurvature:
-    """The curvature of the cross-entropy at outputs `f`: the mean of what its Hessian says and of what its trace says.
+    """The curvature of the cross-entropy at outputs `f`; it solves by the Hessian and by its trace, and takes the mean.
 
-    The Hessian of a row, diag(p) - p p^T with p its softmax, all but vanishes where the row is learned by heart, though a step
-    away from there meets more of it; its trace in all directions is an upper bound. The Hessian is solved as in Gaussian process
-    classification (Rasmussen and Williams 2006, section 3.5): E_c is the inverse for diag(p) alone, and what p p^T adds is one
-    more matrix of the size of the rows. It takes (row, row) numbers for every output.
+    The Hessian of a row is diag(p) - p p^T with p its softmax. It nearly vanishes for a memorised row, although a step away
+    from there meets more of it; its trace, taken in all directions, is an upper bound. The Hessian is solved as in Gaussian
+    process classification (Rasmussen and Williams 2006, section 3.5): `E_c` is the inverse for diag(p) alone, and p p^T takes
+    one more matrix. Memory: (row, row) values for every output.
     """
 
     def __init__(self, K_S: Float[Tensor, "row row"], f: Float[Tensor, "row output"], *, ridge: float):

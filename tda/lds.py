@@ -2,9 +2,9 @@
 
     LDS(query) = Spearman over subsets ( cost of the query after retraining, - sum of the scores of the rows in the subset )
 
-A score is the predicted rise of the query's cost when the row is left out, so rows that stay lower it. Reported is the mean over
-queries. Its interval holds 95% of the means of as many queries drawn from these with replacement (percentile bootstrap): it is
-about other queries, with these subsets. The scores' scale does not matter, only their order over subsets.
+A score is the predicted rise of the query's cost when the row is left out, so rows that stay in the subset lower it. Only the
+order of subsets matters, not the scale of scores. Reported is the mean over queries, with a percentile bootstrap interval over
+queries: it is about other queries, with the same subsets.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def mean_over_queries(values: Float[np.ndarray, " query"], *, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class MethodLDS:
-    """What one method reaches: its runs one by one, and the mean of their scores."""
+    """The LDS of one method: of its runs one by one, and of the mean of their scores."""
 
     by_run: Float[np.ndarray, "run query"]
     of_ensemble: Float[np.ndarray, " query"]

@@ -1,6 +1,6 @@
-"""Losses of documents under a model, and what they are differentiated from.
+"""Losses and measurements of documents under a causal language model, in nats, with labels that are true or sampled.
 
-Rows are padded on the right and attention is causal: padding cannot reach a real token, and no mask is passed.
+Rows are padded on the right and attention is causal, so padding cannot affect a real token, and no attention mask is passed.
 """
 
 import functools
@@ -19,7 +19,7 @@ Labels = Literal["true", "sampled"]
 Measurement = Literal["loss", "margin", "log_probability"]
 Backend = str | Callable  # of torch.compile
 
-ROWS_AT_ONCE, ROWS_ON_CPU = 2048, 256  # of logits; on a CPU those of a small vocabulary stay in the cache
+ROWS_AT_ONCE, ROWS_ON_CPU = 2048, 256  # rows of logits in a block; on a CPU, blocks with a small vocabulary stay in the cache
 
 
 def document_losses(
@@ -33,10 +33,10 @@ def document_losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
     """The sum over documents of `weights` (default 1) times the loss, to be differentiated; and every document's loss.
 
-    A loss is the cross-entropy of the predictions that count, summed over the document, in nats. With sampled labels it is that
-    of labels drawn from the model itself, whose squared gradients average to the true Fisher matrix (Martens 2020, section 5),
-    which for cross-entropy is the Gauss-Newton matrix. One number is drawn per prediction that counts, document by document.
-    With a `backend` what is done to each logit is compiled by it; not where labels are sampled.
+    A document's loss is the cross-entropy of its predictions that count, summed, in nats. Sampled labels are drawn from the
+    model itself: squared gradients of their loss average to the true Fisher matrix (Martens 2020, section 5), which for
+    cross-entropy is the Gauss-Newton matrix. One random number is drawn per prediction, document by document. A `backend`
+    compiles the elementwise work on logits of true labels.
     """
     places, targets = batch.predictions
     uniform = None
@@ -46,7 +46,7 @@ def document_losses(
     if weights is not None:
         w = weights[batch.documents_of(places)]
     head = plain_head(model)
-    if head is None or head._forward_hooks:  # where something listens to the head, it has to be called
+    if head is None or head._forward_hooks:  # a head with hooks must be called, or they would not run
         losses = logit_losses(document_logits(model, batch), targets, uniform)
         total = (w * losses).sum()
     else:
@@ -65,7 +65,7 @@ def document_logits(model: nn.Module, batch: DocumentBatch) -> Float[Tensor, "pr
 def document_costs(
     model: nn.Module, batch: DocumentBatch, *, weights: Float[Tensor, " batch"], measurement: Measurement
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
-    """As `document_losses`, of a measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
+    """As `document_losses`, for the measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
     if measurement in ("loss", "log_probability"):
         return document_losses(model, batch, weights=weights)
     logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
@@ -76,8 +76,8 @@ def document_costs(
 def logit_losses(
     logits: Float[Tensor, "row vocabulary"], targets: Int[Tensor, " row"], uniform: Float[Tensor, " row"] | None
 ) -> Float[Tensor, " row"]:
-    """Cross-entropy of `targets`, or, with `uniform`, of the labels it draws, in nats."""
-    labels = targets if uniform is None else draw(logits.detach().softmax(dim=1), uniform)
+    """Cross-entropy of `targets`, or of the labels that `uniform` draws if it is given, in nats."""
+    labels = targets if uniform is None else sample_labels(logits.detach().softmax(dim=1), uniform)
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -88,8 +88,8 @@ def margins(logits: Float[Tensor, "*n label"], targets: Int[Tensor, "*n"]) -> Fl
     return right - others
 
 
-def draw(p: Float[Tensor, "row vocabulary"], uniform: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
-    """A label per row from the probabilities `p`, at the quantile that `uniform` names."""
+def sample_labels(p: Float[Tensor, "row vocabulary"], uniform: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """A label per row, drawn from the probabilities `p` by the inverse of their cumulative sum at `uniform` (0 to 1)."""
     summed = p.cumsum(dim=1)
     labels = torch.searchsorted(summed, (uniform * summed[:, -1])[:, None].to(p.dtype), right=True)
     return labels[:, 0].clamp_(max=p.shape[1] - 1)
@@ -105,11 +105,11 @@ def head_losses(
     differentiate: tuple[bool, bool],
     backend: Backend | None = None,
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, "row d"] | None, Float[Tensor, "vocabulary d"] | None]:
-    """`logit_losses` of `h W^T`, and the gradients of their sum weighted by `w`, in `h` and in `W`, as `differentiate` asks.
+    """`logit_losses` of `h W^T`, and the gradients by `h` and by `W` of their sum weighted by `w`, as `differentiate` asks.
 
-    Gradients are taken while a block of logits is at hand, which is then forgotten. On one CPU thread, with the default model and
-    documents, that takes 0.6 of the time of autograd on all logits at once, and a fifth with sampled labels; a whole training
-    step takes 0.7 of one through all logits, those of padding too (benchmarks/head_losses_keep_up.py).
+    Logits are computed block by block, and a block's gradients at once, so that all logits are never in memory together. On one
+    CPU thread, with the default model and documents, that takes 0.6 times as long as autograd through all logits, and 0.2 times
+    with sampled labels; a whole training step takes 0.7 times as long (benchmarks/head_losses_keep_up.py).
     """
     of_h, of_W = differentiate
     dh, dW = torch.empty_like(h) if of_h else None, at_least_float32(torch.zeros_like(W)) if of_W else None
@@ -123,7 +123,7 @@ def head_losses(
         else:
             log_p = at_least_float32(logits).log_softmax(dim=1)
             p = None if uniform is None else log_p.exp()
-            labels = (targets[block] if p is None else draw(p, uniform[block]))[:, None]
+            labels = (targets[block] if p is None else sample_labels(p, uniform[block]))[:, None]
             losses[block] = -log_p.gather(1, labels)[:, 0]
             p = log_p.exp_() if p is None else p
             Ds = p.scatter_add_(1, labels, p.new_full(labels.shape, -1)).to(h.dtype)  # p - 1 at the label
@@ -136,7 +136,7 @@ def head_losses(
 
 @no_type_check
 def _losses_and_slopes(logits, targets):
-    """The losses, and their gradients in the logits: two passes over a row once it is compiled, where it is half a dozen else."""
+    """The losses and their gradients by the logits: compiled, two passes over a row instead of half a dozen."""
     log_p = at_least_float32(logits).log_softmax(dim=1)
     at_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     return -log_p.gather(1, targets[:, None])[:, 0], (log_p.exp() - at_target.to(log_p.dtype)).to(logits.dtype)
@@ -153,7 +153,7 @@ def _of_any_length(rows: Tensor) -> Tensor:
 
 
 class _HeadLosses(torch.autograd.Function):
-    """`head_losses` for autograd: their weighted sum, and the losses, of which no gradient is had."""
+    """`head_losses` for autograd: their weighted sum, which can be differentiated, and the losses, which cannot."""
 
     @staticmethod
     def forward(
@@ -173,5 +173,5 @@ class _HeadLosses(torch.autograd.Function):
 
 @no_type_check  # is compiled
 def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32, or in float64 if they are: reductions over data are never narrower."""
+    """`values` in float32, or unchanged in float64: reductions over data are never narrower."""
     return values if values.dtype == torch.float64 else values.float()

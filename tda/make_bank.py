@@ -1,4 +1,4 @@
-"""Banks made here: models retrained on random subsets, in parallel, in chunks that a killed run finds again."""
+"""Making banks: models are retrained on random subsets, in parallel, in chunks that a killed run finds again."""
 
 import os
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def make_bank(
 ) -> Bank:
     """The bank of `num_subsets` random halves of the rows, each retrained `repeats` times; written to `out`.
 
-    What is finished is kept in the folder `OUT.runs` until the bank is whole: a run that was killed goes on from there and makes
-    the same bytes, whatever the number of workers. A bank that was finished is not made again.
+    Finished chunks are kept in the folder `OUT.runs` until the bank is whole. A run that was killed resumes from there and
+    makes the same bytes, whatever the number of workers. A finished bank is not made again.
 
     Raises:
         ValueError: the data do not fit the recipe, there are too few rows or subsets, a training diverges, or `out` is another

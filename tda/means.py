@@ -1,4 +1,4 @@
-"""The mean of a model's weights over the steps of training."""
+"""Means of a model's weights over the steps of training."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from tda.model import moving_state
 
 
 class RunningMean:
-    """Sums what training changes as it goes on, in float32 or wider; `take` gives the mean since it was last called."""
+    """Sums the weights that training changes, in float32 or wider; `take` gives their mean since it was last called."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -18,7 +18,7 @@ class RunningMean:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Count the weights as they are now."""
+        """Include the current weights in the mean."""
         self._count += 1
         state = self._model.state_dict()
         for name in self._names:
@@ -31,7 +31,7 @@ class RunningMean:
                 self._sums[name] = at_least_float32(value.detach().clone())
 
     def take(self) -> dict[str, Tensor]:
-        """The mean of what was counted, by name; begin anew."""
+        """The mean by name; starts a new one."""
         means = {name: value / self._count for name, value in self._sums.items()}
         self._sums, self._count = {}, 0
         return means

@@ -1,4 +1,4 @@
-"""Models: language models built or loaded, and which linear layers of any model are tracked, seen as matrices."""
+"""Models: building and loading language models, and finding the linear layers of any model, each seen as one matrix."""
 
 import itertools
 import operator
@@ -17,19 +17,19 @@ from tda.adapters import adapter_in, load_adapter
 from tda.config import Architecture
 
 PROBE_TOKENS = 4  # any few tokens show which layers share an input
-WORTH_SAYING = 0.9  # of the trained weights: users are told if methods follow fewer
-EVERY_LAYER = ".*"  # the pattern of layers that leaves nothing out
+WORTH_SAYING = 0.9  # a share of the trained weights: users are told if methods follow fewer
+EVERY_LAYER = ".*"  # the pattern that matches all layers
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A tracked linear layer; its gradient is (d_out, d_in), with the bias as last column if there is one."""
+    """A tracked linear layer, seen as a matrix (d_out, d_in) whose last column is the bias, if there is one."""
 
     name: str
-    d_in: int  # one more than the layer's inputs where there is a bias
+    d_in: int  # the layer's inputs, plus one if there is a bias
     d_out: int
-    bias: bool  # one that is trained, if the weight is
-    group: str  # layers of one group read the same input; named after its first layer
+    bias: bool  # whether it is tracked: it is trained, if the weight is
+    group: str  # the name of the first layer that reads the same input as this one
 
 
 def build_model(architecture: Architecture, *, vocabulary: int, context: int, seed: int) -> nn.Module:
@@ -54,7 +54,8 @@ def build_model(architecture: Architecture, *, vocabulary: int, context: int, se
 def load_model(name: str | Path, *, base: str = "", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model in a folder or under a hub id, in eval mode.
 
-    An adapter comes on the model that it was trained on, which is at `base` or where the adapter's file says; all else is frozen.
+    An adapter is loaded onto the model that it was trained on, at `base` or where the adapter's file says; only the adapter is
+    not frozen.
 
     Raises:
         FileNotFoundError: there is no such folder, or its weights are missing or truncated.
@@ -97,9 +98,9 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `Linear`, transformers `Conv1D` and plain `Conv2d` by name that has a weight to itself.
+    """Every `Linear`, transformers' `Conv1D` and plain `Conv2d` by name whose weight is a parameter of its own.
 
-    So none that shares it with an embedding, or makes it of other parameters, as `weight_norm` does: these are what is trained.
+    Left out are weights shared with an embedding, and weights computed from other parameters (`weight_norm`).
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -115,7 +116,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_a_matrix(module: nn.Module) -> bool:
-    """Whether the layer is one matrix acting on every position's inputs; a grouped convolution is not."""
+    """Whether the layer applies one matrix at every position; a grouped convolution does not."""
     return not isinstance(module, nn.Conv2d) or (
         module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     )
@@ -125,21 +126,26 @@ def run_few_tokens(model: nn.Module) -> None:
     """Run a causal language model on a few tokens."""
     device = next(model.parameters()).device
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    # Without values no mask can be made; any will do.
+    # On the meta device transformers cannot make a mask; any will do.
     mask = {"attention_mask": torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device=device)} if tokens.is_meta else {}
     model(input_ids=tokens, use_cache=False, **mask)
 
 
 def tracked_layers(
-    model: nn.Module, pattern: str = ".*", *, probe: Callable[[nn.Module], object] = run_few_tokens, frozen_too: bool = False
+    model: nn.Module,
+    pattern: str = EVERY_LAYER,
+    *,
+    probe: Callable[[nn.Module], object] = run_few_tokens,
+    frozen_too: bool = False,
 ) -> list[Layer]:
-    """The linear layers whose name matches `pattern` (a regular expression, whole name), in the order of use.
+    """The linear layers whose whole name matches `pattern` (a regular expression), in the order of use.
 
-    Those with a frozen weight are left out, unless all of the model is frozen, or `frozen_too`. `probe` runs the model on
-    anything, to see which layers are used, and which read the same input: it is projected once.
+    Layers with a frozen weight are left out, unless the whole model is frozen or `frozen_too` is set. `probe` runs the model on
+    any input, which shows which layers are used, and which of them read the same input (a group).
 
     Raises:
-        ValueError: no layer matches, or one is used more than once, so that its gradient is not one outer product per token.
+        ValueError: no layer matches, or a layer is used more than once, so that its gradient is not one outer product per
+            position.
     """
     modules = linear_modules(model)
     if not frozen_too and any(parameter.requires_grad for parameter in model.parameters()):
@@ -159,7 +165,7 @@ def tracked_layers(
             f"layers: {pattern!r} (curvature.layers in params.yaml) matches none of the linear layers that are trained, which "
             f"are {names}"
         )
-    plain_head(model)  # what it has to run, it runs before there are hooks
+    plain_head(model)  # probes a model it has not seen: before there are hooks
     calls: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_hook(lambda _module, args, _output, name=name: calls.append((name, args[0])))
@@ -190,9 +196,9 @@ def tracked_layers(
 
 
 def what_is_left_out(model: nn.Module, layers: Sequence[Layer]) -> str:
-    """A sentence on how many of the trained weights `layers` hold, if it is fewer than `WORTH_SAYING` of them; else empty.
+    """A sentence on which trained weights `layers` lack, if they hold less than `WORTH_SAYING` of them; else empty.
 
-    Those of embeddings, and vectors such as norms and biases, are not counted: methods here never follow them.
+    Embeddings, and vectors such as norms and biases, do not count: no method here follows them.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     every = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in embeddings}
@@ -217,15 +223,15 @@ _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's last layer, if its logits are nothing but that layer's output on the trunk's last hidden states; else None.
+    """The head, if the logits are simply its output on the last hidden states; else None.
 
-    Found out by running a few tokens through a model that is seen for the first time. A head with a bias, or logits that are
-    scaled or capped, is not plain.
+    A head with a bias, or logits that are scaled or capped, are not plain. A model that is seen for the first time is probed
+    with a few tokens.
     """
     if model not in _has_plain_head:
         _has_plain_head[model] = _probe_head(model)
     head = model.get_output_embeddings() if _has_plain_head[model] else None
-    return head if isinstance(head, nn.Linear) else None  # `row_layers` puts another in its place
+    return head if isinstance(head, nn.Linear) else None  # not a Linear while `row_layers` has replaced it
 
 
 @torch.no_grad()
@@ -234,7 +240,7 @@ def _probe_head(model: nn.Module) -> bool:
     trunk = getattr(model, "base_model", model)
     if not isinstance(head, nn.Linear) or head.bias is not None or trunk is model:
         return False
-    if head.weight.is_meta:  # without values, as where costs are counted, the usual head is assumed
+    if head.weight.is_meta:  # there are no values to compare, as when costs are counted: assume the usual
         return True
     tokens = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
     was_training = model.training
@@ -246,24 +252,24 @@ def _probe_head(model: nn.Module) -> bool:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a layer as a matrix; those of a convolution are its patches' values."""
+    """(inputs, outputs) of a layer as a matrix; the inputs of a convolution are the values of a patch."""
     d_out, d_in = layer_matrix(module, module.weight, None).shape
     return d_in, d_out
 
 
 def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A weight-shaped and a bias-shaped tensor as one (d_out, d_in) matrix, the bias as its last column."""
-    matrix = weight.flatten(1) if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T  # Conv1D: the other way round
+    matrix = weight.flatten(1) if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T  # Conv1D stores (inputs, outputs)
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
 
 def parameter_name(layer: str, kind: str) -> str:
-    """The model's name for the weight or bias of a layer; of a model that is one layer, `layer` is empty."""
+    """The model's name for the weight or bias of a layer; `layer` is empty if the model is that layer."""
     return f"{layer}.{kind}" if layer else kind
 
 
 def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
-    """`layer_matrix` undone: the weight, and the bias if it is in the matrix, by the module's names for them."""
+    """The inverse of `layer_matrix`: the weight, and the bias if the matrix has it, by the module's names for them."""
     inputs, _outputs = weight_shape(module)
     weight, bias = matrix[:, :inputs], matrix[:, inputs:]
     as_module = weight if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T
@@ -271,7 +277,7 @@ def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def input_view(module: nn.Module) -> tuple:
-    """What decides, beside the input itself, how a layer sees it: layers that agree in both share one encoding."""
+    """How a layer views its input: layers with the same input and the same view are a group."""
     geometry = (module.kernel_size, module.stride, module.padding, module.dilation) if isinstance(module, nn.Conv2d) else ()
     return (_follows_bias(module), *geometry)
 
@@ -284,7 +290,7 @@ def _follows_bias(module: nn.Module) -> bool:
 def layer_inputs(module: nn.Module, a: Tensor, shape: Sequence[int]) -> Tensor:
     """A layer's input as (example, position, inputs): a position is a token, a patch of an image, or the whole example.
 
-    `shape` is that of the model's input, examples first. Refused with ValueError: rows that may be of any example.
+    `shape` is the shape of the model's input, examples first. Rows that cannot be assigned to examples are a ValueError.
     """
     if isinstance(module, nn.Conv2d):
         return F.unfold(a, module.kernel_size, dilation=module.dilation, padding=module.padding, stride=module.stride).mT
@@ -299,7 +305,7 @@ def layer_outputs(module: nn.Module, Ds: Tensor, shape: Sequence[int]) -> Tensor
 
 
 def _by_example(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Some models flatten examples and positions, or the first of their axes; of other rows it is not known whose they are."""
+    """Rows as (example, position, ...): some models flatten examples with all or some of the position axes before a layer."""
     examples = shape[0]
     if rows.ndim > 2 and rows.shape[0] == examples:
         return rows.flatten(1, -2)
@@ -313,7 +319,7 @@ def _by_example(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """The model, its parameters of those names marked as not trained."""
+    """The model, with the named parameters marked as not trained."""
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return model
@@ -325,7 +331,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def num_trained_parameters(model: nn.Module) -> int:
-    """Those that are not frozen, shared ones counted once."""
+    """Parameters that are not frozen, shared ones counted once."""
     return sum(parameter.numel() for parameter in trained_parameters(model).values())
 
 

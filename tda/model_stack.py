@@ -1,4 +1,4 @@
-"""Many small networks of one shape as one: parameters stacked along a first axis, trained together by their own batches."""
+"""Many small networks of one shape, trained together: parameters are stacked along a first axis, and each has its own batches."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def _linears(model: nn.Sequential) -> list[nn.Linear]:
 class StackOptimizer:
     """`torch.optim.SGD` or `torch.optim.AdamW` on stacked parameters, with a learning rate for every model.
 
-    A rate of 0 leaves a model as it is: so models of shorter training wait for the rest.
+    A rate of 0 leaves a model as it is, so that models with fewer steps can wait for the others.
     """
 
     def __init__(self, parameters: Sequence[Tensor], training: Training):

@@ -1,8 +1,8 @@
-"""The highest and the lowest of many scores of which only cheap approximations are known, and few need to be computed exactly.
+"""The highest and the lowest of many scores, found from cheap approximations and few exact computations.
 
-The errors of the approximations are taken as normal, each with its own width; how wide they are is seen on a random sample. So
-every row that was not computed has a probability to belong to the answer, and rows are computed, likeliest first, until the sum
-of those that are left, which is the number of answers that one expects to have missed, is small.
+Errors of the approximations are taken to be normal, with known relative widths, whose scale a random sample shows. So every row
+that was not computed has a probability of belonging to the answer. Rows are computed, the likeliest first, until the
+probabilities of the others, whose sum is the expected number of misses, are small.
 """
 
 from collections.abc import Callable
@@ -12,22 +12,22 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import ndtr
 
-SAMPLE = 256  # rows that tell how wide the errors are
-FIRST = 4  # times as many rows as are asked for are computed first
-FARTHEST = 6.0  # widths below the answer: of a billion such rows one is in it
-MOST = 0.1  # of all rows are computed one by one; beyond that it is cheaper to compute all
+SAMPLE = 256  # rows that show how wide the errors are
+FIRST = 4  # rows that are computed at first, as a multiple of the rows asked for
+FARTHEST = 6.0  # widths below the answer, beyond which rows are ignored: one in a billion of them belongs to it
+MOST = 0.1  # share of rows that are computed one by one; if more are needed, it is cheaper to compute all
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """Rows with the highest and the lowest scores, the most extreme first; the earlier row of equals first."""
+    """The rows with the highest and the lowest scores, the most extreme first; of equal scores, the earlier row first."""
 
     highest: Int[np.ndarray, " top"]
     highest_values: Float[np.ndarray, " top"]
     lowest: Int[np.ndarray, " top"]
     lowest_values: Float[np.ndarray, " top"]
-    num_computed: int  # exact scores
-    expected_misses: float  # of the worse side
+    num_computed: int  # rows whose score was computed exactly
+    expected_misses: float  # on the worse side
 
 
 def extremes(
@@ -39,10 +39,10 @@ def extremes(
     misses: float = 0.01,
     seed: int = 0,
 ) -> Extremes:
-    """The `top` highest and lowest of n scores; `exact(rows)` gives the scores of ascending rows.
+    """The `top` highest and lowest of n scores. `exact(rows)` computes the scores of rows, given in ascending order.
 
-    `widths` are the errors' standard deviations up to a common factor. No more than a share of `misses` of either side is
-    expected to be missing; where the approximations are too poor for that, all scores are computed.
+    `widths` are the standard deviations of the errors, up to a common factor. On either side, the expected share of missing
+    rows is at most `misses`; if the approximations are too poor for that, all scores are computed.
     """
     n, top = len(approximate), min(top, len(approximate))
     known = np.full(n, np.nan)
@@ -72,7 +72,7 @@ def extremes(
 
 
 def _likely(approximate: np.ndarray, widths: np.ndarray, known: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that are not known and may have a score above the `top`-th of the known ones, and how probable that is."""
+    """Unknown rows that may have a score above the `top`-th of the known ones, and the probabilities of that."""
     unknown = np.isnan(known)
     threshold = np.partition(known[~unknown], -top)[-top]
     with np.errstate(over="ignore"):  # of a row that is certain
@@ -82,7 +82,7 @@ def _likely(approximate: np.ndarray, widths: np.ndarray, known: np.ndarray, top:
 
 
 def _likeliest(rows: np.ndarray, probabilities: np.ndarray, misses: float) -> np.ndarray:
-    """The fewest rows without which the probabilities sum to half of `misses` or less; none if they do not sum to `misses`."""
+    """The fewest rows without which the other probabilities sum to at most `misses` / 2; none if all sum to at most `misses`."""
     if probabilities.sum() <= misses:
         return np.empty(0, np.int64)
     order = np.argsort(probabilities)

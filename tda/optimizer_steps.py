@@ -1,6 +1,6 @@
-"""Optimizer steps as functions of a state, and their derivatives carried back.
+"""Optimizer steps as functions of a state, and how derivatives are pulled back through them.
 
-`step(state, G, rate, number, optimizer)` is the state after step `number` (from 1), whose loss has the gradient G.
+`step(state, G, rate, number, optimizer)` is the state after step `number` (from 1), where G is the gradient of the step's loss.
 """
 
 from collections.abc import Callable
@@ -44,9 +44,9 @@ def sgd_step(state: State, G: Weights, rate: float, number: int, optimizer: Opti
 
 
 def sgd_pull_back(after: State, G: Weights, rate: float, number: int, optimizer: Optimizer) -> PullBack:
-    """Of `sgd_step`: makes derivatives `q` after the step, in place, those before it, but for what goes through the gradient.
+    """For `sgd_step`: a function that turns derivatives `q` by the state after the step into those by the state before, in place.
 
-    That is returned: the derivatives in the gradient.
+    What passes through the gradient is not included: the function returns the derivatives by the gradient instead.
     """
 
     def pull_back(q: State) -> Weights:
@@ -74,11 +74,11 @@ def adamw_step(state: State, G: Weights, rate: float, number: int, optimizer: Op
 
 
 def adamw_pull_back(after: State, G: Weights, rate: float, number: int, optimizer: Optimizer) -> PullBack:
-    """Of `adamw_step`, as `sgd_pull_back`.
+    """For `adamw_step`, as `sgd_pull_back`.
 
-    The root of the second moment has no derivative at 0. But there every gradient so far was 0, so the first moment is 0 too, and
-    the quotient m / (sqrt(v) + epsilon), as a function of those gradients, has the derivative of m / epsilon: what goes through
-    the root is exactly 0, not infinity times 0.
+    The root of the second moment has no derivative at 0. But there every gradient so far was 0, so the first moment is 0 too,
+    and the quotient m / (sqrt(v) + epsilon), as a function of those gradients, has the derivative of m / epsilon: what goes
+    through the root is exactly 0, not infinity times 0.
     """
     correction1, correction2 = _corrections(number, optimizer)
     by_first, by_second = {}, {}  # derivatives of the new weight in the new moments

@@ -1,8 +1,10 @@
-"""Documents one after another in one row of tokens, without padding; attention stays inside each.
+"""Packed batches: documents one after another in a single row of tokens, without padding, where attention stays in each document.
 
-Every token has a slot in a grid (document, position), in which documents stand side by side, each in a row of its own: there
-attention is causal and nothing else, and there a sum over a document's tokens is a product. Everything else sees the one row.
-A model is run so inside `within_documents`, if `packs` says that it can.
+Layers other than attention see the single row. For attention, and for sums over a document's tokens, tokens are spread over a
+grid (document, position), one document per row: there plain causal attention is right, and a sum over tokens is a matrix
+product. `spread` and `gathered` go to the grid and back, by each token's slot in it.
+
+A model runs on packed batches inside `within_documents`; `packs` tells whether it can.
 """
 
 import bisect
@@ -27,23 +29,29 @@ from tda.model import plain_head
 from tda.parallel import DEVICE_ERRORS
 from tda.streaming import Copy, start_copy, to_device
 
-WITHIN_DOCUMENTS = "within_documents"  # the name of our attention among those of transformers
-PROBE_LENGTHS = (3, 2)  # any documents of two lengths show whether a model keeps them apart
-PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's plans every new grid anew
-NEARLY_ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of what mixing them changes
+WITHIN_DOCUMENTS = "within_documents"  # the name under which transformers knows our attention
+PROBE_LENGTHS = (3, 2)  # documents of any two lengths show whether a model keeps them apart
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's would plan every new grid anew
+NEARLY_ALIKE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.1,
+    torch.float16: 0.1,
+}  # in units of what mixing changes
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Documents in one row. `layout` holds all that a device needs to know, so that it is one copy.
+    """Documents packed into one row of tokens.
 
-    It is tokens, positions and slots of every token, then places and targets of the predictions that count, flat.
+    `layout` is everything that the device needs, concatenated so that it is a single copy: tokens, their positions, their
+    slots, then the places and the targets of the predictions that count.
     """
 
     rows: list[int]  # row numbers of the documents
     layout: Int[Tensor, " number"]
-    num_tokens: int
-    grid: tuple[int, int]  # rows, those that only fill up included; positions
+    num_tokens: int  # filling included
+    grid: tuple[int, int]  # (documents and filling, positions)
 
     def _part(self, start: int, stop: int) -> Tensor:
         return self.layout[start:stop]
@@ -60,7 +68,7 @@ class PackedBatch:
 
     @property
     def predictions(self) -> tuple[Int[Tensor, " prediction"], Int[Tensor, " prediction"]]:
-        """Of every prediction that counts its place in the row, and the token it is of."""
+        """The places in the row of the predictions that count, and the tokens that they are to predict."""
         middle = (3 * self.num_tokens + len(self.layout)) // 2
         return self._part(3 * self.num_tokens, middle), self._part(middle, len(self.layout))
 
@@ -72,14 +80,14 @@ class PackedBatch:
 
     @property
     def counts(self) -> Bool[Tensor, "1 token"]:
-        """Every token but a document's last one, which predicts nothing, and those that only fill up."""
+        """True for every token except a document's last one, which predicts nothing, and filling."""
         positions = self._part(self.num_tokens, 2 * self.num_tokens)
         goes_on = F.pad(positions[1:] > 0, (0, 1))
         return (goes_on & (self.slots < len(self.rows) * self.grid[1]))[None]
 
     @cached_property
     def shape_of_grid(self) -> Tensor:
-        """An empty tensor of the grid's shape: sizes of tensors may change between runs of a compiled layer."""
+        """An empty tensor of the grid's shape: in compiled layers, sizes of tensors may change but plain numbers may not."""
         return self.layout.new_empty(()).expand(self.grid)
 
     def documents_of(self, places: Int[Tensor, " place"]) -> Int[Tensor, " place"]:
@@ -98,7 +106,7 @@ class PackedBatch:
         return self.sums(torch.ones(len(self.predictions[0]), device=self.layout.device))
 
     def by_document(self, x: Float[Tensor, "1 token k"]) -> Float[Tensor, "document position k"]:
-        """Tokens in the grid, zeros elsewhere."""
+        """Tokens spread over the grid, with zeros elsewhere."""
         return spread(x[0], self.slots, self.shape_of_grid)[: len(self.rows)]
 
     def to(self, device: torch.device, *, copy: Copy = start_copy) -> "PackedBatch":
@@ -110,7 +118,7 @@ DocumentBatch = Batch | PackedBatch
 
 
 def pack(documents: Documents, rows: Sequence[int], *, fill_to: int = 0) -> PackedBatch:
-    """The documents in `rows`, one after another, and up to `fill_to` tokens that belong to none of them."""
+    """The documents in `rows`, one after another, filled up to `fill_to` tokens with tokens that belong to none of them."""
     lengths = [len(documents.tokens[row]) for row in rows]
     longest = max(lengths)
     lacking = max(0, fill_to - sum(lengths))
@@ -127,10 +135,10 @@ def pack(documents: Documents, rows: Sequence[int], *, fill_to: int = 0) -> Pack
 
 
 def pack_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list[list[int]]:
-    """Row numbers of batches of at most `batch_tokens` tokens, as full as can be: always the longest document that still fits.
+    """Row numbers of batches of at most `batch_tokens` tokens: each batch always takes the longest document that still fits.
 
-    So most documents of a batch are of similar length. A function of the lengths alone, and a document longer than
-    `batch_tokens` gets a batch of its own, as in `data.batch_plan`.
+    Most documents of a batch are therefore of similar length. As in `data.batch_plan`, the plan depends on the lengths alone,
+    and a document longer than `batch_tokens` gets a batch of its own.
     """
     waiting: dict[int, list[int]] = defaultdict(list)
     for row in range(len(lengths) - 1, -1, -1):
@@ -153,7 +161,7 @@ def pack_plan(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int) -> list
 
 
 class _Spread(torch.autograd.Function):
-    """Rows written to their slots among rows of zeros; what is not a slot has no gradient."""
+    """Writes rows to their slots, among rows of zeros that have no gradient."""
 
     @staticmethod
     @no_type_check
@@ -169,7 +177,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows read from their slots, each of which is read once."""
+    """Reads rows from their slots, each once."""
 
     @staticmethod
     @no_type_check
@@ -183,13 +191,13 @@ class _Gather(torch.autograd.Function):
     @no_type_check
     def backward(ctx, g):
         (slots,) = ctx.saved_tensors
-        rows = g.flatten(1)  # in the shape of `_Spread` a compiler would keep its zeros from the forward pass for these
+        rows = g.flatten(1)  # in `_Spread`'s shape, the compiler would keep its zeros from the forward pass, for use here
         return rows.new_zeros(ctx.num_slots, rows.shape[1]).index_copy(0, slots, rows).view(-1, *g.shape[1:]), None
 
 
 @no_type_check  # is compiled, and so are the functions above
 def spread(x, slots, grid):
-    """Tokens (token, ...) in the grid (document, position, ...), zeros elsewhere; a view if every slot is taken."""
+    """Tokens (token, ...) spread over the grid (document, position, ...), zeros elsewhere; a view if every slot is taken."""
     num_slots = grid.shape[0] * grid.shape[1]
     held = x if num_slots == x.shape[0] else _Spread.apply(x, slots, num_slots)
     return held.view(*grid.shape, *x.shape[1:])
@@ -204,7 +212,7 @@ def gathered(x, slots):
 
 @no_type_check
 def attend_within_documents(module, query, key, value, _mask, *, slots, grid, scaling=None, dropout=0.0, **_more):
-    """Causal attention inside every document; an attention function of transformers, on (1, head, token, size)."""
+    """Causal attention inside every document, as an attention function of transformers, on (1, head, token, size)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     in_grid = (spread(x[0].transpose(0, 1), slots, grid).transpose(1, 2) for x in (query, key, value))
@@ -214,10 +222,10 @@ def attend_within_documents(module, query, key, value, _mask, *, slots, grid, sc
 
 @contextlib.contextmanager
 def within_documents(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model runs on packed batches, and on nothing else."""
+    """Inside the block the model runs on packed batches, and only on these."""
     from transformers import AttentionInterface
 
-    plain_head(model)  # what it has to run, it runs on a batch that is not packed
+    plain_head(model)  # probes a model it has not seen: before the block, on a batch that is not packed
     AttentionInterface.register(WITHIN_DOCUMENTS, attend_within_documents)
     config = model.config.get_text_config()
     before = config._attn_implementation
@@ -233,9 +241,9 @@ _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether the model treats packed documents as it does single ones; tried on a few tokens of a model seen for the first time.
+    """Whether the model treats packed documents as it treats single ones; found out by a few tokens, once per model.
 
-    Not where attention sees a window only, or where scores are changed in ways that our attention does not know.
+    False for sliding-window attention and for attention with capped logits, which ours does not have.
     """
     if model not in _packs:
         _packs[model] = _probe(model)

@@ -1,4 +1,4 @@
-"""Work spread over processes of one thread each, with results that do not depend on their number."""
+"""Work spread over single-threaded processes, with results that do not depend on their number."""
 
 import contextlib
 import ctypes
@@ -20,14 +20,14 @@ from tda.config import Compute
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing of what was tried
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that do not mean "this is not supported"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def device_of(compute: Compute) -> torch.device:
-    """The device that `compute.device` names; "auto" is CUDA where there is any.
+    """The device that `compute.device` names; "auto" is CUDA if there is any.
 
     Raises:
         ValueError: CUDA is asked for and absent.
@@ -57,12 +57,12 @@ def products_in_tf32(model: nn.Module) -> contextlib.AbstractContextManager[None
 
 
 def num_workers(compute: Compute) -> int:
-    """Processes to use: one on a GPU, else as `num_readers`."""
+    """Processes for work that runs on the device: one for a GPU, else as many as `num_readers`."""
     return 1 if device_of(compute).type == "cuda" else num_readers(compute)
 
 
 def num_readers(compute: Compute) -> int:
-    """Processes for what no GPU does: `TDA_WORKERS` of the environment, `compute.workers`, or one per core."""
+    """Processes for work that always runs on the CPU: `TDA_WORKERS` of the environment, `compute.workers`, or one per core."""
     return int(os.environ.get("TDA_WORKERS", 0)) or compute.workers or len(os.sched_getaffinity(0))
 
 
@@ -78,14 +78,14 @@ def parallel_map(
 def worker_pool(
     function: Callable[[Item], Result], *, workers: int
 ) -> Iterator[Callable[[Sequence[Item], str, str], Iterator[Result]]]:
-    """Inside the block, `call(items, description, unit)` gives `function` of every item, in order, with a progress bar.
+    """Yields `call(items, description, unit)`, which gives `function` of every item, in order, with a progress bar.
 
-    Processes are forked when the block is entered, so `function` may be a closure, and what starts threads can come after.
-    The first error ends the rest.
+    Processes are forked when the block is entered, so `function` may be a closure, and libraries that start threads may be
+    loaded afterwards. The first error ends the rest.
     """
-    if not torch.cuda.is_initialized():  # what a process on a GPU does on the CPU beside it is seldom and large
+    if not torch.cuda.is_initialized():  # beside a GPU, work on the CPU is rare and large, and may use all cores
         torch.set_num_threads(1)
-    if workers <= 1 or "lance" in sys.modules:  # Lance does not survive a fork: what comes after it stays in this process
+    if workers <= 1 or "lance" in sys.modules:  # Lance does not survive a fork: once it is loaded, work stays in this process
         yield lambda items, description, unit: _with_bar(map(function, items), len(items), description, unit)
         return
     _inherited["function"] = function
@@ -117,7 +117,7 @@ def _with_bar(results: Iterable[Result], total: int, description: str, unit: str
 
 
 def piece_done() -> None:
-    """Call what is to be called between pieces of work."""
+    """Tell a running profile that a piece of work is done."""
     for call in between_pieces:
         call()
 
@@ -127,7 +127,7 @@ def progress_is_shown() -> bool:
     return sys.stderr.isatty() or bool(os.environ.get("TDA_PROGRESS"))
 
 
-between_pieces: list[Callable[[], None]] = []  # what a profile asks to be told
+between_pieces: list[Callable[[], None]] = []  # called after every piece of work; `profiling` adds itself
 _inherited: dict[str, Callable[[Any], Any]] = {}  # what forked workers run; a closure cannot be pickled
 
 

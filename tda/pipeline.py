@@ -1,4 +1,4 @@
-"""The stages in their order, and how one is run. What each reads and makes stands in `dvc.yaml`."""
+"""The stages in their order, and how one is run. `dvc.yaml` says what each reads and makes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ class Stage:
 
     name: str
     makes: str
-    indices: str = ""  # key of `params.yaml` that numbers its parts; empty: the stage is one piece
+    indices: str = ""  # the key of `params.yaml` that numbers its parts; empty: the stage has no parts
 
 
 STAGES = {
@@ -36,7 +36,7 @@ STAGES = {
 
 
 def run_stage(name: str, config: "Config", workspace: "Workspace", index: int | None = None) -> None:
-    """Run the stage `name`, or its part `index`; refused while another process does so.
+    """Run the stage `name`, or its part `index`. Refused while another process runs the same.
 
     Raises:
         ValueError: `params.yaml` has no part `index`.
@@ -53,13 +53,13 @@ def run_stage(name: str, config: "Config", workspace: "Workspace", index: int | 
 
 
 def part_numbers(stage: Stage, config: "Config") -> list[int]:
-    """The numbers of the parts of a stage that has several."""
+    """The numbers of a stage's parts."""
     section, key = stage.indices.split(".")
     return getattr(getattr(config, section), key)
 
 
 def remove_stale(config: "Config", workspace: "Workspace") -> None:
-    """Remove outputs of parts that `params.yaml` has no longer: later stages read the whole folder."""
+    """Remove outputs of parts that `params.yaml` no longer has: later stages depend on the whole folder."""
     outputs = {"curvature": workspace.curvature, "gradients": workspace.gradients}
     for name, output in outputs.items():
         wanted = part_numbers(STAGES[name], config)

@@ -1,12 +1,17 @@
-"""The curvature of one segment as an optimizer sees it: `respond` and `decay`, the two things SOURCE asks of a segment.
+"""Curvature as the optimizer sees it: SOURCE's `respond` and `decay` for SGD and for AdamW.
 
-With a diagonal preconditioner P, an update is theta <- theta - eta P g, and with M = P^(1/2) H P^(1/2) (symmetric, METHODS:
-SOURCE appendix C in symmetric form; `w` is decoupled weight decay):
+An optimizer with a diagonal preconditioner P takes steps theta <- theta - eta P g. SOURCE's appendix C then needs functions of
+P H, which is not symmetric. Here they are written with the symmetric matrix M = P^(1/2) H P^(1/2), to which P H is similar; the
+result is the same. Decoupled weight decay adds to the eigenvalues of M.
 
     respond(q) = P^(1/2) F_r(M) P^(1/2) q          decay(q) = P^(-1/2) F_S(M) P^(1/2) q      (the transpose of exp(-eta K P H))
 
-`M` is an EK-FAC of gradients scaled by P^(1/2). A scalar P per layer multiplies the eigenvalues of a plain EK-FAC; SGD is P = 1.
-The paper's own form takes the exponential of P H on the diagonal, and the inverse of H from EK-FAC (`DiagonalCurvature`).
+There are four ways to approximate M:
+
+    none        P = 1, as for SGD                                                         `plain`
+    scalar      one P per layer, which multiplies the eigenvalues of the plain EK-FAC     `scalar`
+    symmetric   an EK-FAC of its own, of gradients scaled by P^(1/2)                      `LayerCurvature`, `scaled_factors`
+    diagonal    the paper's: exp(-eta K P H) on the diagonal, the inverse by EK-FAC       `DiagonalCurvature`
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,17 +34,17 @@ from tda.task import Task
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """EK-FAC of M = P^(1/2) H P^(1/2) for one layer, and P^(1/2), of the gradient's shape or a scalar."""
+    """EK-FAC of M = P^(1/2) H P^(1/2) for one layer, and P^(1/2): a scalar, or of the gradient's shape."""
 
     M: EKFAC
     root_P: Tensor
 
     def respond(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
-        """How a query feels a gradient that acts all through the segment."""
+        """A query's sensitivity to a gradient that acts throughout the segment."""
         return self.root_P * self.M.apply(segment_response(time, weight_decay=weight_decay), self.root_P * q)
 
     def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
-        """The query seen from the segment's beginning."""
+        """The query's gradient carried back to the start of the segment."""
         return self.M.apply(segment_decay(time, weight_decay=weight_decay), self.root_P * q) / self.root_P
 
     def to(self, device: torch.device) -> "LayerCurvature":
@@ -47,27 +52,27 @@ class LayerCurvature:
         return LayerCurvature(self.M.to(device), self.root_P.to(device))
 
 
-NEARLY_UNDAMPED = 1e-8  # of the mean eigenvalue: the paper's form inverts H as it is
+NEARLY_UNDAMPED = 1e-8  # damping in mean eigenvalues, only against division by zero: the paper's form does not damp H
 
 
 @dataclass(frozen=True)
 class DiagonalCurvature:
     """The hybrid of SOURCE's appendix D (equation 43): exp(-eta K P H) on the diagonal, H^-1 by EK-FAC.
 
-    `respond` is H^-1 (1 - exp(-eta K (P diag(H) + w))): the two approximations do not cancel where H is small, and H^-1 is hardly
-    damped, so that what they disagree on is enlarged. The symmetric form above has neither.
+    `respond` is H^-1 (1 - exp(-eta K (P diag(H) + w))). Where H is small the two approximations should cancel but do not, and the
+    nearly undamped H^-1 magnifies the difference. The symmetric form above does not have this problem.
     """
 
     H: EKFAC
     P: Float[Tensor, "d_out d_in"]
 
     def respond(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
-        """How a query feels a gradient that acts all through the segment."""
+        """A query's sensitivity to a gradient that acts throughout the segment."""
         damping = NEARLY_UNDAMPED * self.H.Lambda.mean().item()
         return self.H.apply(damped_inverse(damping), -torch.expm1(-time * self._rate(weight_decay)) * q)
 
     def decay(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
-        """The query seen from the segment's beginning."""
+        """The query's gradient carried back to the start of the segment."""
         return torch.exp(-time * self._rate(weight_decay)) * q
 
     def to(self, device: torch.device) -> "DiagonalCurvature":
@@ -87,18 +92,18 @@ def plain(factors: EKFAC) -> LayerCurvature:
 
 
 def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
-    """The curvature under one P for the whole layer: the median of its values, unmoved by dead units (v near 0, P huge)."""
+    """The curvature with one P for the whole layer: the median, which dead units (v near 0, so P huge) do not move."""
     p = P.flatten().median()
     return LayerCurvature(replace(factors, Lambda=p * factors.Lambda), p.sqrt())
 
 
 def adam_preconditioner(second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float) -> Float[Tensor, "..."]:
-    """P at step t, of a second moment as the optimizer holds it."""
+    """P after `step` steps, from the second moment v as the optimizer stores it, without bias correction."""
     return preconditioner_of(second_moment / (1 - beta2**step), epsilon=epsilon)
 
 
 def preconditioner_of(corrected: Float[Tensor, "..."], *, epsilon: float) -> Float[Tensor, "..."]:
-    """P = 1 / (sqrt(v / (1 - beta2^t)) + epsilon), elementwise, of the bias-corrected second moment v / (1 - beta2^t)."""
+    """P = 1 / (sqrt(v_hat) + epsilon), elementwise, from the bias-corrected second moment v_hat = v / (1 - beta2^t)."""
     return 1 / (corrected.sqrt() + epsilon)
 
 
@@ -113,14 +118,14 @@ def scaled_factors(
     generator: torch.Generator,
     into: tuple[Covariances, dict[str, Tensor]] | None = None,
 ) -> tuple[Covariances, dict[str, Tensor]]:
-    """Sums over documents for the EK-FAC of M, with sampled labels, from gradients scaled by `root_P`.
+    """Sums over documents for the EK-FAC of M, with sampled labels, where G is a document's gradient scaled by `root_P`.
 
-    Without a `basis`: of `G G^T` and `G^T G`, whose eigenvectors are the basis. With one: of `(Q_S^T G Q_A)^2`.
-    Scaled gradients are not outer products, so each document's is formed in full, at the cost of a weight gradient per document.
-    They are added to the sums in `into`, if it is given.
+    Without a `basis` the sums are those of `G G^T` and `G^T G`, whose eigenvectors are the basis; the count of the `Covariances`
+    is then the number of documents. With a `basis` they are those of `(Q_S^T G Q_A)^2`. Scaled gradients of tokens are not
+    outer products any more, so each document's gradient is formed in full. If `into` is given, the sums are added to it.
     """
     sums, Lambda = (Covariances({}, {}, 0), {}) if into is None else into
-    A, S, num_documents = sums.A, sums.S, sums.num_tokens
+    A, S, num_documents = sums.A, sums.S, sums.count
     rotations = None if basis is None else basis_like(at_least_float32(next(model.parameters()).new_zeros(())), basis)
     batch: DocumentBatch | TensorBatch
 
@@ -150,5 +155,5 @@ def scaled_factors(
 
 
 def scaled_eigenbasis(sums: Covariances, layers: Sequence[Layer]) -> dict[str, tuple[Tensor, Tensor]]:
-    """`(Q_A, Q_S)` of scaled gradients; here every layer has an input side of its own."""
+    """`(Q_A, Q_S)` of scaled gradients. Scaling gives every layer an input side of its own, so none is shared."""
     return eigenbasis(sums, [replace(layer, group=layer.name) for layer in layers])

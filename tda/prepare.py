@@ -1,4 +1,4 @@
-"""From a configuration to tokenised training documents, targets, held-out documents and the truth about planted damage."""
+"""Stage `prepare`: documents and targets read, cleaned, split, damaged in part as a positive control, and tokenised."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from tda.clean import long_enough, without_copies, without_near_copies
 from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, python_texts
 from tda.damage import Truth, damage_documents
-from tda.ingest import Document, Fields, Reading, content_hash, read_documents
+from tda.ingest import Document, Fields, Reading, content_hash, part_of, read_documents
 from tda.split import check_sources, draw_by_part, split_documents
 from tda.tokens import Encoded, Row, encode_documents, load_tokenizer, train_tokenizer
 
@@ -62,7 +62,7 @@ def prepare_documents(config: Prepare, *, model: str, workers: int = 1) -> Prepa
     reading, general, target_sources = _read(config, workers=workers)
     own = _read_targets(config)
     documents, targets, cleaned = _clean(reading.documents, own.documents if own else [], config)
-    documents = [replace(one, part=one.part or ("general" if one.source in general else "mixed")) for one in documents]
+    documents = [replace(one, part=part_of(one, general)) for one in documents]
     if own:
         target_sources = ()
     check_sources(documents, general_sources=general, target_sources=target_sources, targets_given=own is not None)

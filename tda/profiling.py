@@ -1,4 +1,4 @@
-"""A profile of a stage: a Chrome trace, and a table of operators with the shares of each kind of work."""
+"""Profiling a stage (`--profile`): a Chrome trace, and a table of operators with the share of each kind of work."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from tda.artifacts import whole
 from tda.parallel import between_pieces
 from tda.text_table import text_table
 
-RECORDED_SECONDS = 60.0  # then recording stops, and the stage goes on: a trace takes megabytes a second
+RECORDED_SECONDS = 60.0  # after which recording stops and the stage goes on: a trace takes megabytes per second
 OPERATORS = 40  # in the table
 KINDS = {  # of work, by the operator's or kernel's name; the first that matches counts
     "attention": r"attention|flash|fmha",
@@ -30,7 +30,7 @@ KINDS = {  # of work, by the operator's or kernel's name; the first that matches
 
 
 class _Recording:
-    """Torch's profiler between its start and its end, which comes after `seconds`, or with the stage."""
+    """Torch's profiler, started at once and stopped after `seconds` or with the stage."""
 
     def __init__(self, seconds: float):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -1,4 +1,8 @@
-"""LoGra projections of both sides of a layer's gradient (arXiv 2405.13954, section 3.1)."""
+"""LoGra: projections of both sides of a layer's gradient (Choe et al. 2024, arXiv 2405.13954, section 3.1).
+
+Since `G` is a sum of `Ds a^T`, projecting `a` by `P_i` and `Ds` by `P_o` before the product gives `P_o^T G P_i` without forming
+`G`.
+"""
 
 from dataclasses import dataclass
 from typing import no_type_check
@@ -12,7 +16,7 @@ from tda.model import Layer
 
 @dataclass(frozen=True)
 class Projection:
-    """Orthonormal columns for the two sides of one layer: the row of a gradient is `P_o^T G P_i`."""
+    """The two sides of one layer's projection, each with orthonormal columns; a gradient's row is `P_o^T G P_i`."""
 
     P_i: Float[Tensor, "d_in k_in"]
     P_o: Float[Tensor, "d_out k_out"]
@@ -32,7 +36,7 @@ class Projection:
 
 
 def random_projections(layers: list[Layer], *, rank: int, seed: int) -> dict[str, Projection]:
-    """Random orthonormal projections; layers that share an input share its side."""
+    """Random orthonormal projections; layers that share an input share `P_i`."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, Tensor] = {}
     projections = {}

@@ -1,4 +1,4 @@
-"""What it takes to reproduce a result: the code's commit, the data's digests, the versions of what was installed."""
+"""What is needed to reproduce a result: the code's commit, the data's digests, and the versions of installed packages."""
 
 import hashlib
 import platform
@@ -25,9 +25,9 @@ PACKAGES = [
 
 
 def provenance(root: Path) -> dict:
-    """The state of the project in `root`, free of clocks, host names and paths, so that it is the same wherever it is taken.
+    """The state of the project in `root`, without times, host names and paths, so that it is the same on every machine.
 
-    `lock_digest` leaves out the entries of the stages `report` and after, which record the page that quotes it.
+    `lock_digest` leaves out the stage `report`, whose entry depends on the page that quotes the digest.
     """
     commit = _git(root, "rev-parse", "HEAD")
     return {

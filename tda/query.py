@@ -1,4 +1,4 @@
-"""Which documents most helped and most hurt the model on a text: answered from the store, no training gradient computed again."""
+"""`tda query`: which documents most helped and most hurt the model on a text, answered from the stored gradient rows."""
 
 import textwrap
 
@@ -14,7 +14,7 @@ from tda.scoring import load_attribution, rows_bytes, source_extremes, source_sc
 from tda.tokens import encode_documents, load_tokenizer
 
 EXCERPT = 240  # characters
-SKETCHED_BYTES = 2**30  # of rows; fewer are all scored, which takes no longer
+SKETCHED_BYTES = 2**30  # of stored rows from which on sketches are used; scoring fewer rows completely takes no longer
 UNITS = {
     "loss": "rise of the text's mean loss per token (nats)",
     "margin": "fall of the text's mean margin log(p / (1 - p)) per token",
@@ -25,10 +25,10 @@ UNITS = {
 def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) -> dict:
     """The `top` most helpful and most harmful training documents for `text`: rank, score, id, source, excerpt.
 
-    A score is the predicted rise of the text's mean loss per token (nats) had the document been left out, or the fall of another
-    measurement; of a text longer than the context, over all its parts. Scores are exact; in a large store the documents are found
-    by sketches of their rows (`scoring.source_extremes`), which may miss one in a hundred.
-    A text that is empty, or has too few tokens to predict any, is refused with ValueError.
+    A score is the predicted rise of the text's mean loss per token (nats) had the document been left out, or the fall of
+    another measurement. A text that is longer than the context is split, and counts as a whole. Scores are exact, but in a
+    large store the documents are found by sketches of their rows (`scoring.source_extremes`), which may miss one in a hundred.
+    A text that is empty, or has too few tokens to predict any, is a ValueError.
     """
     torch.set_num_threads(1)
     documents = load_documents(workspace.documents)

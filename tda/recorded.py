@@ -1,4 +1,4 @@
-"""The pipeline's run, from its artifacts, as methods for any model take it."""
+"""The pipeline's run as a `Run`, read from its artifacts, so that the methods for any model can use it."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,10 @@ from tda.trajectory import Checkpoint, Optimizer, Run
 
 
 def load_run(workspace: Workspace, *, needs_moments: bool, only: Sequence[int] | None = None) -> Run:
-    """The run as methods for any model take it, each checkpoint with the weights at which it is attributed.
+    """The run, each checkpoint with the weights at which it is attributed.
 
-    With `only`, of its checkpoints those, by index; the last one has to be among them.
-    With `needs_moments`, a checkpoint of an AdamW run without optimizer state is refused with FileNotFoundError. Without, the
-    run is taken for one by SGD.
+    `only` selects checkpoints by index, and has to include the last one. With `needs_moments`, an AdamW run whose checkpoints
+    have no optimizer state is a FileNotFoundError; without, the run is treated as one of SGD.
     """
     training = read_json(workspace.training, stage="train")
     trajectory = read_table(workspace.trajectory, stage="train")

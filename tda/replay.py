@@ -1,4 +1,4 @@
-"""Exact unrolled differentiation of one training run: how every row's weight moved a query's cost, by replaying the run.
+"""Exact unrolled differentiation of one training run: the derivative of a query's cost by every row's weight in training.
 
 With `s_t` the state after step t (weights and optimizer moments) and `w` the rows' weights in the training loss,
 
@@ -6,13 +6,13 @@ With `s_t` the state after step t (weights and optimizer moments) and `w` the ro
     for step t = T, ..., 1:   dcost/dw += (d step_t / dw)^T q_t     q_{t-1} = (d step_t / ds)^T q_t
     score(n) = - dcost/dw_n
 
-the predicted rise of the cost when row n's weight goes from 1 to 0, with everything else of the run kept: initial weights, order,
-number of steps, and what a step's loss is divided by. MAGIC (arXiv 2504.16430), REPLAY of arXiv 2503.13751. It says what this one
-run would have done, which at large removals, or over many seeds, is not what training does on average.
+which predicts the rise of the cost when row n's weight goes from 1 to 0 and the rest of the run is kept: initial weights,
+order, number of steps, and what a step's loss is divided by. This is MAGIC (arXiv 2504.16430), with REPLAY of arXiv 2503.13751.
+It tells what this one run would have done. For large removals, or over many seeds, that is not what training does on average.
 
-Cost of T steps: the run three times over (once to check that the replay ends where the run did, once to save states and once
-more between them, which is the price of holding about 2 sqrt(T) states instead of T), and for every step and query one product
-with a Hessian, about three times the step's gradient.
+Cost of T steps: the run is repeated three times, once to check that the replay ends where the run did, once to save states, and
+once between saved states, so that about 2 sqrt(T) states are held instead of T. In addition, every step and query takes one
+product with a Hessian, which costs about three times the step's gradient.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ from tda.parallel import DEVICE_ERRORS
 from tda.task import Task
 from tda.trajectory import Run
 
-QUERY_BYTES = 2**31  # of all that is carried back at once
-BLOCK_ELEMENTS = 2**20  # of the weights of queries handled together inside a step: more leave the cache
+QUERY_BYTES = 2**31  # of the derivatives that are carried back at once
+BLOCK_ELEMENTS = 2**20  # of the weights of the queries that a step handles together: more would not fit into the cache
 
 
 def replay_scores(
@@ -53,20 +53,20 @@ def replay_scores(
 ) -> np.ndarray:
     """(query, row) float64: the predicted rise of the query's cost when the row's weight in training goes from 1 to 0.
 
-    Positive helps. In the unit of the task's cost, which of a document is summed over its predictions.
+    Positive means that the row helps. The unit is that of the task's cost, which for a document is summed over its predictions.
 
     Args:
-        run: with its initial weights and its model in eval mode.
+        run: the run, with its initial weights, and its model in eval mode.
         task: what the run minimised, and what is measured.
         train: the rows that the run's batches name.
         queries: what the cost is measured on.
-        dtype: precision of the derivatives and of the training they follow; the run's own by default.
-            Whether the replay ends where the run did is checked in the run's own.
-        queries_at_once: carried back together, each costing as much as one optimizer state; by default as many as fit in 2 GiB.
-            More groups repeat the run once each.
-        spacing: steps between saved states; the square root of the number of steps by default. It changes memory, not results.
-        aggregate: one row of scores, of the mean of the queries' costs, at the price of one query.
-        tolerance: how far from the recorded weights the replay may be, at every checkpoint, in parts of the distance they moved.
+        dtype: precision of the derivatives and of the repeated training; by default the run's own, in which the check that the
+            replay ends where the run did is always made.
+        queries_at_once: queries that are carried back together, each as large as an optimizer state; by default as many as fit
+            into 2 GiB. Every group of queries repeats the run once.
+        spacing: steps between saved states, by default the square root of the number of steps. It changes memory, not results.
+        aggregate: whether to score only the mean of the queries' costs, as a single row, at the cost of one query.
+        tolerance: how far the replayed weights may be from the recorded ones at any checkpoint, relative to the distance moved.
 
     Raises:
         ValueError: the run cannot be replayed, does not end where it did, or the scores are not finite.
@@ -102,10 +102,10 @@ def replay_scores(
 def replay(
     run: Run, task: Task, train: Data, weights: np.ndarray | None = None, *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The trained weights at the end of `run` taken again with the rows' losses multiplied by `weights` (default 1).
+    """The trained weights at the end of `run`, repeated with the rows' losses multiplied by `weights` (default 1).
 
-    Initial weights, order and number of steps are the run's, and a step's loss is divided by the terms of all its rows, those of
-    weight 0 too. Names are those of `named_parameters`; a parameter that training does not move is left out.
+    Initial weights, order and number of steps are the run's. A step's loss is divided by the terms of all its rows, even those
+    of weight 0. Names are those of `named_parameters`; parameters that training does not move are left out.
 
     Raises:
         ValueError: the run cannot be replayed, or `weights` are not one for each row.
@@ -120,10 +120,10 @@ def replay(
 
 
 def check_replay(run: Run, task: Task, train: Data, *, tolerance: float = 1e-2) -> float:
-    """How far the replayed weights are from the recorded ones, at the worst checkpoint, in parts of the distance they moved.
+    """How far the replayed weights are from the recorded ones at the worst checkpoint, relative to the distance moved.
 
-    Rounding, which a step multiplies as it does any change, makes it larger than 0 where the run took its steps in another
-    arithmetic (a fused optimizer, another device). More than `tolerance` is refused with ValueError.
+    It is above 0 if the run used another arithmetic (a fused optimizer, another device), since training amplifies rounding
+    errors as it does any change. More than `tolerance` is a ValueError.
     """
     training = _Training.of(run, task, train, None)
     start, worst = training.start(), 0.0
@@ -150,7 +150,7 @@ class _Training:
 
     @classmethod
     def of(cls, run: Run, task: Task, train: Data, dtype: torch.dtype | None) -> "_Training":
-        """The run in `dtype` (default: its own), refused if there is not all that a replay needs."""
+        """The run in `dtype` (default: its own); refused if it lacks something that a replay needs."""
         _check(run, train)
         device = next(run.model.parameters()).device
         trained = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
@@ -175,7 +175,7 @@ class _Training:
         return len(self.run.batches)
 
     def without_unused(self) -> "_Training":
-        """The same with the parameters that get no gradient among the constants: optimizers pass over them, decay too."""
+        """The same, with parameters that get no gradient as constants: optimizers skip them, even their weight decay."""
         batch = self.batch(self.data, self.run.batches[0].tolist())
         leaves = _leaves(self.initial)
         with _differentiable_twice(self.run.model):
@@ -306,7 +306,7 @@ class _Total(nn.Module):
 
 @contextmanager
 def _differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Attention and the language model's head by plain operations: their faster forms have no second derivative."""
+    """Inside the block, attention and a language model's head use plain operations: the faster ones have no second derivative."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,6 +1,6 @@
-"""The page of a run: the verdict and everything behind it in one HTML file, without scripts or network.
+"""The report of a run: the verdict and everything behind it in one HTML file, without scripts or network.
 
-Nothing is computed here that another stage did not write down.
+It only shows what other stages have written; nothing is computed here.
 """
 
 import polars as pl

@@ -1,7 +1,7 @@
 """Retraining on all, on curated and on randomly reduced data, paired by seed.
 
-For a seed the three models have the same initial weights, the same number of steps, and see the documents that they share in the
-same order.
+The three models of a seed have the same initial weights and the same number of steps, and see the documents that they share in
+the same order.
 """
 
 import json
@@ -24,7 +24,7 @@ COLUMNS = ("arm", "seed", "steps", "num_documents", "train_loss", "target_loss",
 
 
 def arm_weights(arm: str, weights: np.ndarray, *, seed: int) -> np.ndarray:
-    """Every document's weight in an arm; 0 is dropped. The random control has the curated arm's weights, dealt out by `seed`."""
+    """Every document's weight in an arm; 0 drops it. The random control has the curated arm's weights, permuted by `seed`."""
     if arm == "all":
         return np.ones_like(weights)
     return weights if arm == "curated" else np.random.default_rng([seed, len(weights)]).permutation(weights)
@@ -49,7 +49,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
     device, training = device_of(config.compute), read_json(workspace.training, stage="train")
     adapter = adapter_in(workspace.checkpoint(0) / "model")
     if adapter is not None and adapter_in(config.train.model) is not None:
-        adapter = None  # training starts from the one that is there, not from a new one
+        adapter = None  # training starts from the adapter of train.model, not from a new one
     depends_on = [
         config.train.model_dump_json(),
         json.dumps(training),
@@ -79,7 +79,7 @@ def retrain_arms(config: Config, workspace: Workspace) -> pl.DataFrame:
                 optimizer=make_optimizer(model, recipe),
                 weights=held,
                 seed=seed,
-                after=lambda taken: losses.append(taken.loss),
+                after=lambda result: losses.append(result.loss),
             )
             values = {
                 "arm": arm,

@@ -1,9 +1,11 @@
-"""EK-FAC of a segment from its stored rows: the passes that logged them are the only passes over the documents.
+"""EK-FAC of a segment from its stored rows, so that the passes which logged these are the only ones over the documents.
 
-Of projected gradients R (LoGra, arXiv 2405.13954, section 3.2) the basis are the eigenvectors of the sums of `R R^T` and `R^T R`
-over documents (Shampoo's factors: Gupta et al. 2018, algorithm 1), and the eigenvalues there are corrected as ever (George et al.
-2018, equation 7). Rows are gradients of the true labels, so this is the empirical Fisher matrix of whole documents: unlike the
-Gauss-Newton matrix, which `ekfac` fits with sampled labels, it holds what the tokens of a document have in common.
+The basis is given by the eigenvectors of the sums of `R R^T` and `R^T R` over documents (Shampoo's factors: Gupta et al. 2018,
+algorithm 1), where R is a projected gradient (LoGra, arXiv 2405.13954, section 3.2). The eigenvalues are corrected as in EK-FAC
+(George et al. 2018, equation 7).
+
+Rows are gradients of the true labels, so this is the empirical Fisher matrix of whole documents. Unlike the Gauss-Newton
+matrix, which `ekfac.py` fits with sampled labels, it includes what the tokens of a document have in common.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,16 +18,16 @@ from tda.model import Layer
 from tda.preconditioner import scaled_eigenbasis
 
 Blocks = Callable[[], Iterable[Float[Tensor, "row values"]]]
-"""Blocks of rows, of as many documents from every checkpoint; gone through twice."""
+"""Gives blocks of rows, with equally many documents from every checkpoint; it is called twice."""
 
 
 def row_curvature(
     blocks: Blocks, layers: Sequence[Layer], shapes: dict[str, tuple[int, int]], *, weight: float
 ) -> dict[str, EKFAC]:
-    """EK-FAC of every layer, whose rows hold a block of `shapes` (k_out, k_in), layers side by side.
+    """EK-FAC of every layer. In a row, layers stand side by side, each flattened from its shape (k_out, k_in) in `shapes`.
 
-    `weight` is the training loss's factor on a document's summed loss: eigenvalues are the mean over rows of `w (Q_S^T R Q_A)^2`.
-    No rows, or rows that are not finite, are refused with ValueError.
+    `weight` is the training loss's factor w on a document's summed loss: eigenvalues are the mean over rows of
+    `w (Q_S^T R Q_A)^2`. No rows, or rows that are not finite, are a ValueError.
     """
     basis = _basis(blocks, layers, shapes)
     Lambda = {name: Q_A.new_zeros(shapes[name]) for name, (Q_A, _Q_S) in basis.items()}
@@ -64,7 +66,7 @@ def _split(blocks: Blocks, layers: Sequence[Layer], shapes: dict[str, tuple[int,
 def by_layer(
     rows: Float[Tensor, "row values"], layers: Sequence[Layer], shapes: dict[str, tuple[int, int]]
 ) -> dict[str, Float[Tensor, "row k_out k_in"]]:
-    """The part of every layer, of its shape."""
+    """Every layer's part of the rows, in the layer's shape."""
     sizes = [shapes[layer.name][0] * shapes[layer.name][1] for layer in layers]
     parts = zip(layers, rows.split(sizes, dim=1), strict=True)
     return {layer.name: part.unflatten(1, shapes[layer.name]) for layer, part in parts}

@@ -1,11 +1,12 @@
-"""Rows of packed documents as gradients of nothing but themselves, so that decoder layers compile with all of it inside.
+"""Gradient rows without hooks, so that whole decoder layers can be compiled; the rows are those of `gradients.gradient_rows`.
 
-Every tracked layer is given a perturbation R_n per document n, which acts on its tokens t and is zero:
+Every tracked layer gets a perturbation R_n for each document n, which is zero and acts on the document's tokens t. Its gradient
+is the document's row (LoGra, arXiv 2405.13954, figure 2):
 
     y_t = W x_t + P_o R_n P_i^T x_t,        dL / dR_n  at R = 0  =  P_o^T G_n P_i
 
-(LoGra's own form, arXiv 2405.13954, figure 2). The perturbation is never computed: the layer is `W x_t` with a derivative of its
-own. Of its input no more than `P_i^T x_t` is kept. `gradients.gradient_rows`, with hooks, gives the same rows.
+The perturbation itself is never computed: the layer computes `W x_t` and has a derivative of its own, for which it keeps only
+`P_i^T x_t` of its input.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ from tda.packing import PackedBatch, spread, within_documents
 from tda.projection import Projection, encode_inputs
 from tda.task import CausalLM, Task
 
-MOST_GRAPHS = 64  # of the code that decoder layers share: one for each kind of layer and of grid; torch's own limit is 8
+MOST_GRAPHS = 64  # compiled graphs of the code that decoder layers share, one per kind of layer and grid; torch's limit is 8
 
 
 class _Perturbed(torch.autograd.Function):
-    """`x W^T + b`, with the derivative by every document's perturbation."""
+    """`x W^T + b`, whose backward also gives the gradient of every document's perturbation R."""
 
     @staticmethod
     @no_type_check
@@ -49,7 +50,7 @@ class _Perturbed(torch.autograd.Function):
 
 
 class _RowLayer(nn.Module):
-    """A linear layer with perturbations, which `start` sets for a batch."""
+    """A linear layer with perturbations, which `start` makes for a batch."""
 
     def __init__(self, module: nn.Module, layer: Layer, projection: Projection):
         super().__init__()
@@ -60,11 +61,11 @@ class _RowLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """That of the layer."""
+        """The wrapped layer's weight, for code that asks a linear layer for it."""
         return self.module.weight
 
     def start(self, batch: PackedBatch) -> Tensor:
-        """The perturbations of `batch`, of which the gradient is asked for."""
+        """The perturbations (document, k_out, k_in) of `batch`, to be differentiated by."""
         self.slots, self.grid = batch.slots, batch.shape_of_grid
         zero = at_least_float32(self.P_o.new_zeros(()))
         self.R = zero.expand(batch.grid[0], self.P_o.shape[1], self.P_i.shape[1]).requires_grad_()
@@ -75,7 +76,7 @@ class _RowLayer(nn.Module):
 
     @no_type_check
     def forward(self, x):
-        projected = encode_inputs(x.detach(), self.P_i, bias=self.biased)  # compiled, layers that share an input share this
+        projected = encode_inputs(x.detach(), self.P_i, bias=self.biased)  # the compiler does this once for a shared input
         W = layer_matrix(self.module, self.module.weight, None)
         return _Perturbed.apply(x, W, self.module.bias, projected, self.P_o, self.R, self.slots, self.grid)
 
@@ -92,20 +93,20 @@ def row_layers(
     projections: dict[str, Projection],
     backend: Backend | None = "inductor",
 ) -> Iterator[RowsOf]:
-    """Inside the block, a function that gives what `gradients.gradient_rows` does; `backend` compiles decoder layers and losses.
+    """Yields a function that gives the rows of `gradients.gradient_rows`; a `backend` compiles decoder layers and losses.
 
-    With `backend` None nothing is compiled. A batch should have as many tokens as the others (`fill_to` of `packing.pack`): a
-    batch of other size is compiled anew, one of more documents or longer ones is not.
+    Batches should all have the same number of tokens (`fill_to` of `packing.pack`): another number is compiled anew, whereas
+    another number or length of documents is not.
 
     Raises:
         ValueError: the model is in training mode, where dropout would make every gradient wrong.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
-    plain_head(model)  # what it has to run, it runs before layers are exchanged
+    plain_head(model)  # probes a model it has not seen: before layers are exchanged
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     inputs = {layer.name: projections[layer.name].P_i.to(model.dtype) for layer in layers if layer.group == layer.name}
-    exchanged = {  # one tensor for all that share an input: in a compiled layer their products with it are then one
+    exchanged = {  # layers that share an input get the same tensor P_i, so that the compiler multiplies by it once
         layer.name: _RowLayer(
             model.get_submodule(layer.name),
             layer,
@@ -141,6 +142,6 @@ def row_layers(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The equal layers that make up a language model: those of its longest list of modules."""
+    """The decoder layers of a language model: its longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))

@@ -18,15 +18,16 @@ from tda.means import RunningMean
 from tda.model import build_model, load_model, num_parameters, num_trained_parameters
 from tda.parallel import piece_done, progress_is_shown
 from tda.train import (
-    Taken,
+    StepResult,
     checkpoint_steps,
     make_optimizer,
-    read_trajectory,
     resume,
     save_checkpoint,
     schedule,
+    stage_ends,
     stage_lengths,
     train,
+    trajectory_table,
 )
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def tokenizer_size(workspace: Workspace) -> int:
 def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, context: int, device: torch.device) -> None:
     """Train, and write checkpoints, trajectory and `train.json`.
 
-    Checkpoints gather in a work folder that is named after everything the run depends on; a run that was killed goes on from the
-    last.
+    Until the run ends, checkpoints are kept in a work folder that is named after everything the run depends on; a run that was
+    killed resumes from the last one there.
     """
-    torch.set_num_threads(1)  # sums on several threads are taken in another order
+    torch.set_num_threads(1)  # threads would change the order of sums, and with it the last bits
     model = initial_model(
         recipe,
         vocabulary=tokenizer_size(workspace),
@@ -69,29 +70,29 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     check_fits(model, documents, origin=f"train.model: {recipe.model}")
     lengths = stage_lengths(documents, recipe)
     steps = schedule(documents, recipe, seed=recipe.seed, lengths=lengths)
-    stage_ends = [sum(lengths[: index + 1]) for index in range(len(lengths)) if lengths[index]]
-    at = checkpoint_steps(len(steps), len(recipe.checkpoints), stage_ends)
+    ends = stage_ends(lengths)
+    at = checkpoint_steps(len(steps), len(recipe.checkpoints), ends)
     optimizer = make_optimizer(model, recipe)
 
     start = start_facts(recipe.model)
     work = workspace.work / "train" / documents.digest(recipe.model_dump_json(), *start.values())
     done, before = _resume(work, model, optimizer, num_checkpoints=len(at))
-    taken: list[Taken] = []
+    results: list[StepResult] = []
     mean = RunningMean(model) if recipe.attribute_at == "mean" else None
     with tqdm(total=len(steps), initial=done, desc="training", unit="step", disable=not progress_is_shown()) as bar:
 
-        def after(now: Taken) -> None:
-            taken.append(now)
+        def after(result: StepResult) -> None:
+            results.append(result)
             if mean is not None:
                 mean.add()
             bar.update()
             piece_done()
-            bar.set_postfix(loss=f"{now.loss:.3f}", refresh=False)
-            if now.step.number in at:
+            bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+            if (number := result.step.number) in at:
                 model.eval()
-                folder = work / str(at.index(now.step.number))
-                write_table(work / f"trajectory-{folder.name}.parquet", pl.concat([before, read_trajectory(taken)]))
-                save_checkpoint(folder, model, optimizer, step=now.step.number, mean=mean and mean.take())
+                folder = work / str(at.index(number))
+                write_table(work / f"trajectory-{folder.name}.parquet", pl.concat([before, trajectory_table(results)]))
+                save_checkpoint(folder, model, optimizer, step=number, mean=mean and mean.take())
                 model.train()
 
         train(model, documents, steps[done:], recipe, optimizer=optimizer, seed=recipe.seed, after=after)
@@ -113,7 +114,7 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
             "num_tokens": int(documents.lengths.sum()),
             "num_steps": len(steps),
             "checkpoint_steps": at,
-            "stage_ends": stage_ends,
+            "stage_ends": ends,
             "stage_parts": [stage.part for stage, length in zip(recipe.stages, lengths, strict=True) if length],
             "batches_known": True,
             "optimizer": recipe.optimizer,
@@ -130,10 +131,10 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
 
 
 def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_checkpoints: int) -> tuple[int, pl.DataFrame]:
-    """Load the last checkpoint in `work`, if there is any; steps taken and their trajectory."""
+    """Load the last checkpoint in `work`, if there is one. Returns the number of steps taken and their trajectory."""
     found = [index for index in range(num_checkpoints) if (work / str(index) / "state.json").exists()]
     if not found:
-        return 0, read_trajectory([])
+        return 0, trajectory_table([])
     last = found[-1]
     step = resume(work / str(last), model, optimizer)
     return step, pl.read_parquet(work / f"trajectory-{last}.parquet")

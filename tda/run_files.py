@@ -1,4 +1,4 @@
-"""A recorded run in a folder: weights and second moments as safetensors, steps and rates beside them."""
+"""A recorded `Run` in a folder, written and read: tensors as safetensors, steps and learning rates beside them."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from tda.trajectory import Checkpoint, Optimizer, Run
 
 
 def save_run(folder: Path, run: Run, **facts: object) -> None:
-    """Write `run` to `folder`, whole or not at all; `facts` are kept beside it. The model's class is not written."""
+    """Write `run` to `folder`, whole or not at all, with any `facts` beside it. The model's class is not written."""
     with whole(folder) as part:
         part.mkdir()
         _save(part / "initial.safetensors", weights=run.initial)
@@ -34,7 +34,7 @@ def save_run(folder: Path, run: Run, **facts: object) -> None:
 
 
 def load_run(folder: Path, model: nn.Module) -> Run:
-    """The run in `folder`, of the architecture `model`."""
+    """The run in `folder`; `model` has its architecture."""
     about = read_run_facts(folder)
     with np.load(folder / "steps.npz") as steps:
         ends = np.cumsum(steps["batch_sizes"])[:-1]

@@ -1,4 +1,4 @@
-"""Scores of documents for queries. Orientation and sign live here alone."""
+"""Scores of documents for queries: their orientation, sign and unit, and SOURCE's sum over checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from tda.segments import Segment
 from tda.source import Dynamics, Gradients, walk_back
 
 ENSEMBLE = "+"  # joins the names of methods whose scores are averaged
-Dot = Callable[[Segment, int, Gradients], np.ndarray]
-"""`dot(segment, checkpoint, response)`: (document, query) dot products of a response to queries, of whatever shape the segment's
-factors have, with the gradients of the documents' summed losses at one of the segment's checkpoints."""
+Dot = Callable[[int, Gradients], np.ndarray]
+"""`dot(checkpoint, response)`: (document, query) dot products of the queries' responses with the gradients of the documents'
+summed losses at a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Predicted effect of documents on queries.
+    """Predicted effects of documents on queries.
 
-    Positive: training on the document is predicted to help the query, which is to lower its cost. A score of SOURCE or of
-    influence is the predicted rise of the query's mean cost per token (nats) when the document is left out of training.
+    A positive score means that training on the document is predicted to help the query, that is, to lower its cost. The unit of
+    SOURCE and of influence functions is the rise of the query's mean cost per token (nats) when the document is left out.
     """
 
     values: np.ndarray  # (query, document), float64
@@ -32,34 +32,34 @@ class Scores:
     doc_ids: list[str]
 
     def aggregate(self, weights: np.ndarray) -> np.ndarray:
-        """One score per document: the queries' scores weighted by `weights` (query), which sum to 1."""
+        """One score per document: the mean over queries by `weights` (query), which sum to 1."""
         return weights @ self.values
 
 
 def source_values(
     query: Gradients, dynamics: Sequence[Dynamics], segments: Sequence[Segment], *, exposure: np.ndarray, dot: Dot
 ) -> np.ndarray:
-    """SOURCE scores (query, document).
+    """SOURCE scores (query, document); `exposure` is (document, segment).
 
-    `exposure` is (document, segment). Gradients of documents are those of their summed loss; over `tokens_per_document` they are
-    those of the training loss.
+    `dot` is with gradients of a document's summed loss. Dividing by `tokens_per_document` makes them gradients of the training
+    loss, which is a mean over tokens.
     """
     values: np.ndarray | float = 0.0
     for segment_dynamics, response in walk_back(query, dynamics):
         segment = segments[segment_dynamics.index]
         received = received_per_checkpoint(segment, exposure)[:, None]
         for checkpoint in segment.checkpoints:
-            values = values + received * dot(segment, checkpoint, response)
+            values = values + received * dot(checkpoint, response)
     return np.asarray(values).T
 
 
 def received_per_checkpoint(segment: Segment, exposure: np.ndarray) -> np.ndarray:
-    """By what each document's dot product at a checkpoint of the segment is multiplied; `exposure` is (document, segment)."""
+    """(document,) factors of the dot products at each of the segment's checkpoints; `exposure` is (document, segment)."""
     return exposure[:, segment.index] / (len(segment.checkpoints) * segment.tokens_per_document)
 
 
 def rotated_query(query: Gradients, layers: Sequence[Layer], projections: dict[str, Projection]) -> Gradients:
-    """Full gradients in projected space, where factors were fitted there."""
+    """Full gradients projected, for factors that were fitted in projected space."""
     return {layer.name: projections[layer.name].to(query[layer.name].device).apply(query[layer.name]) for layer in layers}
 
 
@@ -70,9 +70,10 @@ def cosines(dots: np.ndarray, row_norms: np.ndarray, query: Float[Tensor, "query
 
 
 def ensemble(members: Sequence[np.ndarray]) -> np.ndarray:
-    """(query, document) mean of methods' scores, each scaled to the mean of their spreads over the query's documents.
+    """(query, document): the mean of several methods' scores.
 
-    So every method has an equal say in the order of a query's documents, whatever its unit.
+    For every query each method is scaled to the same standard deviation over documents, the mean of theirs, so that all have an
+    equal say in the order of the documents, whatever their units.
     """
     spreads = np.stack([values.std(axis=1, keepdims=True) for values in members])
     scales = np.divide(spreads.mean(axis=0), spreads, out=np.ones_like(spreads), where=spreads > 0)

@@ -1,4 +1,11 @@
-"""Scores of all documents on the target set: SOURCE and the baselines, from the store."""
+"""Scores of all documents on the target set: SOURCE and the baselines, from the stored gradient rows.
+
+    targets -query_blocks-> full gradients -row_queries-> vectors in the space of the rows -_dots_with_rows-> scores
+
+SOURCE's response to a query has the shape of a full gradient. Projected as the rows were, it becomes a vector; its dot product
+with a document's row is, up to a factor, what that checkpoint contributes to the document's score. `tda query` and audits score
+other queries and other documents in the same way.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +41,7 @@ from tda.stored_rows import canonical, stored_bytes
 from tda.target_influence import target_influence
 from tda.task import CausalLM
 
-ASKED_VALUES = 1 << 28  # values of rows of a kind that queries ask for at once
+ROW_QUERY_VALUES = 1 << 28  # values of the vectors (of one kind) with which the rows are multiplied in one pass over the store
 
 RowDot = Callable[[int, Tensor], np.ndarray]
 """`dot(checkpoint, queries)`: (document, query) dot products with the stored rows of a checkpoint."""
@@ -42,7 +49,7 @@ RowDot = Callable[[int, Tensor], np.ndarray]
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores as tables."""
+    """Scores of all documents, as the files of the stage `scores`."""
 
     table: pl.DataFrame  # doc_id, content_hash, source, score_METHOD
     per_query: pl.DataFrame  # doc_id, scores (array over queries)
@@ -51,7 +58,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Attribution:
-    """All that is needed to score documents on any query: the run, its curvature, its rows."""
+    """What scoring any query needs: the run's segments, their curvature, and the manifests of the stored rows."""
 
     segments: list[Segment]
     dynamics: list[SegmentDynamics]
@@ -60,32 +67,32 @@ class Attribution:
     manifests: dict[int, dict]  # by checkpoint
     documents: Documents
     exposure: np.ndarray  # (document, segment)
-    projected: bool  # whether factors, and so queries, are in projected space
+    projected: bool  # whether factors, and hence queries, are in projected space
 
     @property
     def final_checkpoint(self) -> int:
-        """The checkpoint at which queries are taken."""
+        """The checkpoint at which the gradients of queries are taken."""
         return self.segments[-1].checkpoints[-1]
 
     def responses(self, query: Gradients) -> Iterator[tuple[Segment, Tensor, np.ndarray]]:
-        """What SOURCE multiplies the rows at each segment's checkpoints by, (query, values), the last segment first.
+        """For every segment, last to first: the vectors (query, values) that SOURCE multiplies its rows by.
 
-        With the share of each query's response that the projection keeps.
+        The third item is the share of each query's response that the projection keeps.
         """
         inside: Tensor | float = 1.0
         if self.projected:
             rotated = rotated_query(query, self.factors[0].layers, self.projections[0])
-            inside = _squared_norms(rotated) / _squared_norms(query)  # no more than this is known of any segment's response
+            inside = _squared_norms(rotated) / _squared_norms(query)  # how much of a response is lost is unknown: as of the query
             query = rotated
         for dynamics, response in walk_back(query, self.dynamics):
             u = self.as_rows(response, dynamics.index)
             kept = inside * u.square().sum(dim=1) / _squared_norms(response)
             yield self.segments[dynamics.index], u, kept.double().cpu().numpy()
 
-    def rows_asked(self, query: Gradients) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-        """Of every checkpoint, the last segment's first: what documents received there, and what SOURCE multiplies their rows by.
+    def by_checkpoint(self, query: Gradients) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+        """For every checkpoint, the last segment's first: its number, documents' factors, and the vectors (query, values).
 
-        A document's score for a query is the sum of `received` times its row's dot product with the query's (query, values).
+        The SOURCE score of a document is the sum over checkpoints of its factor times the dot product of its row with the vector.
         """
         for segment, u, _kept in self.responses(query):
             received = received_per_checkpoint(segment, self.exposure)
@@ -93,7 +100,7 @@ class Attribution:
                 yield checkpoint, received, u
 
     def as_rows(self, response: Gradients, segment: int) -> Tensor:
-        """What stored rows of a segment are multiplied by: a response in projected space as it is, else its projection."""
+        """A response as vectors (query, values) in the space of the segment's stored rows: projected, unless it already is."""
         layers = self.factors[0].layers
         if self.projected:
             return torch.cat([response[layer.name].flatten(1) for layer in layers], dim=1)
@@ -107,8 +114,8 @@ def _squared_norms(query: Gradients) -> Float[Tensor, " query"]:
 def load_attribution(config: Config, workspace: Workspace, documents: Documents) -> Attribution:
     """Read everything that scoring needs, and check that it belongs together.
 
-    A missing artifact is refused with FileNotFoundError, which names the stage that makes it; a store that was made with other
-    weights or another projection with ValueError.
+    A missing artifact is a FileNotFoundError that names the stage to run. A store that was made with other weights or another
+    projection is a ValueError.
     """
     segments = load_segments(workspace)
     factors = [load_factors(workspace.curvature(segment.index)) for segment in segments]
@@ -146,7 +153,7 @@ def load_attribution(config: Config, workspace: Workspace, documents: Documents)
 def _fitted_from_rows(
     factors: SegmentFactors, workspace: Workspace, segment: Segment, *, manifests: list[dict], doc_ids: list[str]
 ) -> SegmentFactors:
-    """`factors` with the curvature of stored rows; kept beside the store under all that it was made from."""
+    """`factors` with their curvature fitted from stored rows; cached beside the store by a digest of what it is made from."""
     made_from = {
         "rows": [manifest["digest"] for manifest in manifests],
         "documents": doc_ids,
@@ -171,7 +178,7 @@ def _fitted_from_rows(
 
 
 def store_dot(config: Config, workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:
-    """Dot products with the stored rows of `doc_ids`, on the device that `compute` names."""
+    """Dot products with the stored rows of `doc_ids`, computed on the device that `compute` names."""
     device = device_of(config.compute)
 
     def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
@@ -184,7 +191,7 @@ def store_dot(config: Config, workspace: Workspace, attribution: Attribution, do
 def query_blocks(
     config: Config, workspace: Workspace, attribution: Attribution, queries: Documents
 ) -> Iterator[tuple[Gradients, list[int]]]:
-    """Full gradients of the queries at the final checkpoint, as many at once as memory allows, with their row numbers."""
+    """Full gradients of the queries at the final checkpoint, `QUERY_VALUES` at a time, with the queries' numbers."""
     device = device_of(config.compute)
     layers = attribution.factors[-1].layers
     model = load_checkpoint(workspace, attribution.final_checkpoint).to(device)
@@ -197,18 +204,18 @@ def query_blocks(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What stored rows are multiplied by for some queries, each (query, values), in the queries' order."""
+class RowQueries:
+    """Some queries as vectors (query, values) in the space of the stored rows, one kind for each method."""
 
-    queries: list[int]  # their row numbers
-    responses: list[Tensor]  # of SOURCE, by segment
+    queries: list[int]  # their numbers
+    responses: list[Tensor]  # for SOURCE, by segment
     conditioned: Tensor  # for EK-FAC influence, at the final checkpoint
-    plain: Tensor  # for dot products of gradients, there
-    kept: np.ndarray  # (segment, query) share of a response that the projection keeps
+    plain: Tensor  # for dot products and cosines of gradients, at the final checkpoint
+    kept: np.ndarray  # (segment, query) share of a SOURCE response that the projection keeps
 
     @classmethod
-    def joined(cls, parts: Sequence["Asked"]) -> "Asked":
-        """What is asked for the queries of all parts."""
+    def joined(cls, parts: Sequence["RowQueries"]) -> "RowQueries":
+        """The queries of all parts."""
         return cls(
             [row for part in parts for row in part.queries],
             [torch.cat(responses) for responses in zip(*(part.responses for part in parts), strict=True)],
@@ -218,17 +225,20 @@ class Asked:
         )
 
 
-def asked_of_rows(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Iterator[Asked]:
-    """What is asked of the rows, for as many queries at once as `ASKED_VALUES` allows: full gradients take far more memory."""
+def row_queries(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Iterator[RowQueries]:
+    """The queries as row-space vectors, in blocks of about `ROW_QUERY_VALUES`.
+
+    Full gradients take far more memory than these, so several blocks of them make one of these.
+    """
     last = attribution.segments[-1].index
     layers, projections = attribution.factors[-1].layers, attribution.projections[-1]
-    waiting: list[Asked] = []
+    waiting: list[RowQueries] = []
     for query, rows in query_blocks(config, workspace, attribution, queries):
-        answers = list(attribution.responses(query))[::-1]  # the first segment first
+        answers = list(attribution.responses(query))[::-1]  # now the first segment is first
         at_end = rotated_query(query, layers, projections) if attribution.projected else query
         conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
         waiting.append(
-            Asked(
+            RowQueries(
                 rows,
                 [u.cpu() for _segment, u, _kept in answers],
                 attribution.as_rows(conditioned, last).cpu(),
@@ -236,29 +246,29 @@ def asked_of_rows(config: Config, workspace: Workspace, attribution: Attribution
                 np.array([kept for _segment, _u, kept in answers]),
             )
         )
-        if sum(asked.plain.numel() for asked in waiting) >= ASKED_VALUES:
-            yield Asked.joined(waiting)
+        if sum(part.plain.numel() for part in waiting) >= ROW_QUERY_VALUES:
+            yield RowQueries.joined(waiting)
             waiting = []
     if waiting:
-        yield Asked.joined(waiting)
+        yield RowQueries.joined(waiting)
 
 
 def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
-    """One SOURCE score per document, of the measurement's mean over all predicted tokens of `queries`."""
+    """One SOURCE score per document, for the measurement's mean over all predicted tokens of `queries`."""
     query = _mean_gradient(config, workspace, attribution, queries)
-    return sum(received * dot(checkpoint, u)[:, 0] for checkpoint, received, u in attribution.rows_asked(query))
+    return sum(received * dot(checkpoint, u)[:, 0] for checkpoint, received, u in attribution.by_checkpoint(query))
 
 
 def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
-    """The documents of highest and of lowest `source_scores`: found by sketches of the rows, then scored exactly.
+    """The documents with the highest and the lowest `source_scores`: found by sketches of the rows, then scored exactly.
 
-    A sketch that is not there yet is made, which takes one pass over the rows of its checkpoint.
+    A missing sketch is made, which takes one pass over the rows of its checkpoint.
     """
     documents = attribution.documents.ids
     query = _mean_gradient(config, workspace, attribution, queries)
     parts = []
     approximate, squares = np.zeros(len(documents)), np.zeros(len(documents))
-    for checkpoint, received, response in attribution.rows_asked(query):
+    for checkpoint, received, response in attribution.by_checkpoint(query):
         u = response.float().cpu().numpy()
         table = open_sealed(workspace.store, attribution.manifests[checkpoint])
         sketch = open_sketch(table, attribution.manifests[checkpoint], documents)
@@ -275,7 +285,7 @@ def source_extremes(config: Config, workspace: Workspace, attribution: Attributi
 
 
 def _mean_gradient(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Gradients:
-    """The gradient of the measurement's mean over all predicted tokens of `queries`, as one query; scores are linear in it."""
+    """The gradient of the measurement's mean over all predicted tokens of `queries`: one query, since scores are linear in it."""
     weights = torch.from_numpy(queries.num_loss_tokens / queries.num_loss_tokens.sum())
     sums: Gradients = {}
     for block, rows in query_blocks(config, workspace, attribution, queries):
@@ -286,16 +296,16 @@ def _mean_gradient(config: Config, workspace: Workspace, attribution: Attributio
 
 
 def rows_bytes(attribution: Attribution) -> int:
-    """Bytes of the vectors at all checkpoints, which scoring every document reads."""
+    """Bytes of all stored vectors, which scoring every document reads."""
     return sum(held["rows"] * stored_bytes(held["dim"], held["dtype"]) for held in attribution.manifests.values())
 
 
 def score_documents(config: Config, workspace: Workspace) -> Scored:
     """Score every training document on the scoring half of the targets.
 
-    A method's score per document is that of the measurement's mean over all predicted tokens of the targets.
+    A document's score by an attribution method is the mean of its scores for the targets, weighted by their predicted tokens.
     """
-    torch.set_num_threads(1)  # sums on several threads are taken in another order
+    torch.set_num_threads(1)  # threads would change the order of sums, and with it the last bits
     documents = load_documents(workspace.documents)
     queries = load_documents(workspace.targets, half="score")
     attribution = load_attribution(config, workspace, documents)
@@ -305,10 +315,10 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     shape = (len(queries), len(documents))
     values = {name: np.zeros(shape) for name in ("source", "ekfac_influence", "gradient_dot", "gradient_cosine")}
     kept = np.zeros(len(attribution.segments))
-    for asked in asked_of_rows(config, workspace, attribution, queries):
-        for name, part in _dots_with_rows(attribution, asked, dot=dot, norms=norms).items():
-            values[name][asked.queries] = part.T
-        kept += asked.kept.sum(axis=1) / len(queries)
+    for block in row_queries(config, workspace, attribution, queries):
+        for name, part in _dots_with_rows(attribution, block, dot=dot, norms=norms).items():
+            values[name][block.queries] = part.T
+        kept += block.kept.sum(axis=1) / len(queries)
 
     tokens = queries.num_loss_tokens
     weights = tokens / tokens.sum()
@@ -336,21 +346,21 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     return Scored(table, per_query, facts)
 
 
-def _dots_with_rows(attribution: Attribution, asked: Asked, *, dot: RowDot, norms: np.ndarray) -> dict[str, np.ndarray]:
-    """(document, query) scores by method; the tables of all checkpoints are walked once."""
-    last, num = attribution.segments[-1], len(asked.queries)
+def _dots_with_rows(attribution: Attribution, block: RowQueries, *, dot: RowDot, norms: np.ndarray) -> dict[str, np.ndarray]:
+    """(document, query) scores by method, in one pass over each checkpoint's table."""
+    last, num = attribution.segments[-1], len(block.queries)
     values: dict[str, np.ndarray] = {"source": np.zeros((len(norms), num))}
-    for segment, u in zip(attribution.segments, asked.responses, strict=True):
+    for segment, u in zip(attribution.segments, block.responses, strict=True):
         received = received_per_checkpoint(segment, attribution.exposure)[:, None]
         for checkpoint in segment.checkpoints:
             if checkpoint != attribution.final_checkpoint:
                 values["source"] += received * dot(checkpoint, u)
                 continue
-            dots = dot(checkpoint, torch.cat([u, asked.conditioned, asked.plain]))
+            dots = dot(checkpoint, torch.cat([u, block.conditioned, block.plain]))
             values["source"] += received * dots[:, :num]
             values["ekfac_influence"] = dots[:, num : 2 * num] / (len(norms) * last.tokens_per_document)
             values["gradient_dot"] = dots[:, 2 * num :]
-            values["gradient_cosine"] = cosines(dots[:, 2 * num :], norms, asked.plain)
+            values["gradient_cosine"] = cosines(dots[:, 2 * num :], norms, block.plain)
     return values
 
 

@@ -1,8 +1,8 @@
-"""Training segments: which checkpoints belong to which stretch of the trajectory, and what every document received there.
+"""Training segments: stretches of the run with their checkpoints, and each document's exposure in each of them.
 
-SOURCE (arXiv 2405.12186, section 3) sees a segment only through its summed learning rate, here `eta_bar K`, and its checkpoints.
-Where the paper's derivation takes every document to be drawn equally often (1/N of the segment's learning rate each), the
-trajectory says what each one received: documents of another training stage received nothing.
+Of a segment, SOURCE (arXiv 2405.12186, section 3) uses only the summed learning rate, `eta_bar K`, and the checkpoints. The
+paper assumes that all documents are drawn equally often, each for 1/N of the segment's learning rate. Here the trajectory says
+what each one received (its exposure): documents of another training stage received nothing.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Segment:
     last_step: int
     num_steps: int  # K
     mean_learning_rate: float  # eta_bar, of the effective rates: clipping and momentum included
-    tokens_per_document: float  # mean predicted tokens of the documents seen here: the training loss is a mean over tokens
+    tokens_per_document: float  # mean number of predicted tokens of the documents seen; the training loss is a mean over tokens
 
     @property
     def time(self) -> float:
@@ -31,10 +31,10 @@ class Segment:
 
 
 def effective_learning_rates(trajectory: pl.DataFrame, *, optimizer: str, momentum: float) -> np.ndarray:
-    """What a constant gradient is multiplied by at each step.
+    """(step,) the factor by which each step would move along a constant gradient.
 
-    Heavy-ball momentum multiplies by 1 / (1 - momentum) (SOURCE, appendix D.2) and clipping by its scale. AdamW's update is
-    normalised already, and does not change with the length of the gradient.
+    Heavy-ball momentum multiplies the learning rate by 1 / (1 - momentum) (SOURCE, appendix D.2), and clipping by its scale. An
+    AdamW step does not depend on the gradient's length, so its rates are as they are.
     """
     rates = trajectory["learning_rate"].to_numpy()
     return rates if optimizer == "adamw" else rates * trajectory["gradient_scale"].to_numpy() / (1 - momentum)
@@ -45,8 +45,11 @@ def segment_ends(
 ) -> list[int]:
     """For every segment, the number of checkpoints up to its end.
 
-    "steps" gives each segment the same number of checkpoints (one more to the first ones if uneven), "learning_rate" the same
-    summed learning rate, "stages" a boundary at the end of each training stage, the longer stages being divided further.
+    `by` says how checkpoints are divided:
+
+    - "steps": equally many checkpoints for each (one more for the first ones if they do not divide evenly);
+    - "learning_rate": about the same summed learning rate for each;
+    - "stages": a boundary at the end of each training stage, with the stages of most checkpoints divided further.
 
     Raises:
         ValueError: there are fewer checkpoints than segments, or than the training stages need.
@@ -68,7 +71,7 @@ def segment_ends(
 
 
 def _nearest_ends(received: np.ndarray, num_segments: int) -> list[int]:
-    """Split checkpoints so that each segment receives nearly the same amount, and has at least one."""
+    """Ends such that each segment receives nearly the same amount, and has at least one checkpoint."""
     ends: list[int] = []
     for index in range(1, num_segments):
         wanted = received[-1] * index / num_segments
@@ -114,7 +117,7 @@ def make_segments(
     exposure: np.ndarray | None,
     tokens: np.ndarray,
 ) -> list[Segment]:
-    """The segments; `exposure` (document, segment) weighs the mean number of `tokens` (document), None: evenly."""
+    """The segments. `exposure` (document, segment) weights the mean of `tokens` (document); None weights evenly."""
     segments = []
     for index, end in enumerate(ends):
         begin = ends[index - 1] if index else 0
@@ -138,10 +141,10 @@ def make_segments(
 def document_exposure(
     trajectory: pl.DataFrame, last_steps: Sequence[int], *, rates: np.ndarray, num_documents: int
 ) -> np.ndarray:
-    """(document, segment): the share of the segment's learning rate that went through the document; columns sum to 1.
+    """(document, segment): the share of the segment's learning rate that the document received; columns sum to 1.
 
-    A step of batch size B gives each of its documents 1/B of its learning rate. A run that drew all documents equally often has
-    1/N everywhere.
+    A step of batch size B gives each of its documents 1/B of its learning rate. If all documents are drawn equally often, every
+    share is 1/N.
     """
     exposure = np.zeros((num_documents, len(last_steps)))
     segment = np.searchsorted(np.asarray(last_steps), trajectory["step"].to_numpy())

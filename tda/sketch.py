@@ -1,15 +1,16 @@
-"""Sketches of stored rows: a few bytes a row that tell nearly what a score will be, so that only few rows need to be read.
+"""Sketches of stored rows: a few bytes per row that approximate its scores, so that only few rows need to be read.
 
 With W diagonal and V the leading principal directions of the rows W g, a score is
 
     u . g  =  (V^T W^-1 u) . (V^T W g)  +  rest
 
-A sketch keeps V^T W g, each coordinate over its standard deviation, in 8 bits with a scale for each row. W is the rows' own size
-to the power -1/2, half way between the rows as they are (which suits queries that are gradients) and whitened rows (which suit
-queries that an inverse curvature was applied to). On real rows of 16,128 values 128 bytes correlate with SOURCE's scores by .97.
+A sketch keeps V^T W g, with every coordinate divided by its standard deviation, in 8 bits and with a scale per row. W is the
+size of the rows' values to the power -1/2. That is half way between plain rows, which suit queries that are gradients, and
+whitened rows, which suit queries that an inverse curvature was applied to. On real rows of 16,128 values, the scores of
+128-byte sketches correlate with SOURCE's by .97.
 
-The file of a sketch lies beside its table, for one tag, and is made when it is first asked for; in it stands what it was made
-from.
+A sketch belongs to one tag of a table. Its file is beside the table, is made when it is first needed, and records what it was
+made from.
 """
 
 import json
@@ -31,25 +32,25 @@ from tda.artifacts import whole
 from tda.row_products import dot_scores
 from tda.store import GradientTable, sketch_path
 
-SIZE = 128  # coordinates, and bytes, of a row
+SIZE = 128  # coordinates of a row's sketch, a byte each
 SAMPLE = 2048  # rows from which the directions are taken
 SLICE = 1 << 17  # rows whose coordinates are in memory at once
 BLOCK = 4096  # rows that are scored at once; their float32 coordinates fit a core's cache
-FLOOR = 0.01  # of the mean square, added to that of every value
+FLOOR = 0.01  # of the overall mean square; it is added to that of every value
 
 
 @dataclass(frozen=True)
 class Sketch:
     """Sketches of the rows of n documents, in their order."""
 
-    lift: Float32[Tensor, "k dim"]  # takes a query to what sketches are multiplied by
+    lift: Float32[Tensor, "k dim"]  # turns a query into what sketches are multiplied by
     codes: Int8[Tensor, "n k"]
     scales: Float32[Tensor, " n"]
     norms: Float32[Tensor, " n"]  # of the rows
     places: Int64[Tensor, " n"]  # in the table
 
     def scores(self, query: Float32[np.ndarray, " dim"]) -> Float32[np.ndarray, " n"]:
-        """Nearly the dot product of every row with a query."""
+        """The approximate dot product of every row with a query."""
         lifted = self.lift @ torch.from_numpy(query)
         scores = torch.empty(len(self.codes))
 
@@ -63,7 +64,7 @@ class Sketch:
 
 
 def open_sketch(table: GradientTable, manifest: dict[str, Any], doc_ids: Sequence[str], *, size: int = SIZE) -> Sketch:
-    """The sketch of a sealed table, for the manifest's documents in their order; made if there is none for these rows."""
+    """The sketch of a sealed table, for the manifest's documents in their order; made first if there is none of these rows."""
     path = sketch_path(table.store, manifest["table"], manifest["tag"])
     made_from = {"digest": manifest["digest"], "documents": manifest["documents"], "version": table.version, "size": size}
     if not path.is_file() or _made_from(path) != made_from:
@@ -90,7 +91,7 @@ def _made_from(path: Path) -> dict[str, Any]:
 
 
 def make_sketch(table: GradientTable, doc_ids: Sequence[str], *, size: int = SIZE, seed: int = 0) -> Sketch:
-    """One pass over the rows of `doc_ids`, after one over a sample of them."""
+    """Sketches of the rows of `doc_ids`: directions from a sample of the rows, then one pass over all of them."""
     n = len(doc_ids)
     chosen = np.sort(np.random.default_rng(seed).choice(n, min(SAMPLE, n), replace=False))
     sample = np.empty((len(chosen), table.dim), np.float32)
@@ -112,7 +113,7 @@ def make_sketch(table: GradientTable, doc_ids: Sequence[str], *, size: int = SIZ
 
 
 def principal_directions(rows: Float32[Tensor, "n dim"], size: int) -> tuple[Float32[Tensor, "k dim"], Float32[Tensor, "k dim"]]:
-    """What takes rows to coordinates of mean square 1, and queries to what these are multiplied by; k is `size` or the rank."""
+    """Maps from rows to coordinates of mean square 1, and from queries to what these are multiplied by; k is at most `size`."""
     squares = rows.square().mean(dim=0)
     weights = (squares + FLOOR * squares.mean() + torch.finfo(torch.float32).tiny) ** -0.25
     weighted = rows * weights

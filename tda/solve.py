@@ -1,9 +1,10 @@
-"""Responses of queries to the damped Gauss-Newton matrix of all tracked layers together, by iteration from EK-FAC's answer.
+"""Responses of queries under the damped Gauss-Newton matrix of all tracked layers, by iteration from EK-FAC's answer.
 
     (P^(1/2) G P^(1/2) + damping) x = P^(1/2) q       response = P^(1/2) x
 
-`G` is that of `ggn.py`, P the optimizer's preconditioner (1: influence functions), `damping` a number per layer. EK-FAC sees one
-layer at a time; that is most of what it loses (METHODS: arXiv 2509.23437), and what is won back here.
+`G` is the Gauss-Newton matrix of `ggn.py`, P the optimizer's preconditioner (1 for plain influence functions), and `damping` one
+number per layer. EK-FAC ignores the curvature between layers, which is most of the accuracy it loses (arXiv 2509.23437); solving
+for all layers together recovers it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from tda.spectral import damped_inverse
 
 @dataclass(frozen=True)
 class DampedCurvature:
-    """P^(1/2) G P^(1/2) + damping, given products with G; and its approximation by EK-FAC."""
+    """P^(1/2) G P^(1/2) + damping, and its approximation by EK-FAC, which preconditions the solvers."""
 
     layers: Sequence[Layer]
     approximation: dict[str, EKFAC]  # of P^(1/2) G P^(1/2)
@@ -34,7 +35,7 @@ class DampedCurvature:
     def of(
         cls, layers: Sequence[Layer], curvature: dict[str, LayerCurvature], damping: dict[str, float], *, device: torch.device
     ) -> "DampedCurvature":
-        """The curvature that an optimizer sees, on `device`."""
+        """The curvature as the optimizer sees it, on `device`."""
         held = {layer.name: curvature[layer.name] for layer in layers}
         like = next(iter(held.values())).M.Lambda.new_empty(0, device=device)
         bases = basis_like(like, {name: (one.M.Q_A, one.M.Q_S) for name, one in held.items()})
@@ -42,7 +43,7 @@ class DampedCurvature:
         return cls(layers, {name: EKFAC(*bases[name], one.M.Lambda.to(device)) for name, one in held.items()}, root_P, damping)
 
     def times(self, product: Product) -> Product:
-        """The product with it, from the product with G."""
+        """Products with this matrix, made of products with G."""
         added = pack(
             {name: torch.full_like(held.Lambda, self.damping[name]) for name, held in self.approximation.items()}, self.layers
         )
@@ -61,7 +62,7 @@ Solver = Callable[[DampedCurvature, Float[Tensor, "query value"]], Float[Tensor,
 
 
 def respond(query: Gradients, curvature: DampedCurvature, solver: Solver, *, queries_at_once: int) -> Gradients:
-    """The responses of queries, a few at a time."""
+    """The responses of all queries, solved `queries_at_once` together."""
     rows = pack(query, curvature.layers)
     blocks = [curvature.root_P * solver(curvature, curvature.root_P * block) for block in rows.split(queries_at_once)]
     return unpack(torch.cat(blocks), curvature.layers)
@@ -69,9 +70,10 @@ def respond(query: Gradients, curvature: DampedCurvature, solver: Solver, *, que
 
 @dataclass(frozen=True)
 class SolvedDynamics:
-    """A segment whose F_r(s) is 1 / (s + w + 1 / (eta_bar K)), solved for all layers together; F_S stays EK-FAC's.
+    """A segment that answers with 1 / (s + w + 1 / (eta_bar K)), solved for all layers together, instead of F_r(s).
 
-    ASTRA-SOURCE (arXiv 2507.14740): both functions are `eta_bar K` at s + w = 0 and 1/(s + w) far from it.
+    From ASTRA-SOURCE (arXiv 2507.14740): like F_r it is `eta_bar K` at s + w = 0 and tends to 1 / (s + w). `decay` remains that
+    of EK-FAC.
     """
 
     ekfac: SegmentDynamics
@@ -83,5 +85,5 @@ class SolvedDynamics:
         return self.ekfac.index
 
     def decay(self, query: Gradients) -> Gradients:
-        """The query seen from the segment's beginning."""
+        """The query's gradient carried back to the start of the segment."""
         return self.ekfac.decay(query)

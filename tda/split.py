@@ -1,4 +1,4 @@
-"""Which documents are trained on, held out, or are targets: drawn by the seed and the ids alone, never by order or time."""
+"""Splitting documents into training, held-out and target documents; the draw depends only on the seed and the ids."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """One function per stage of the pipeline: read artifacts, call the maths, write artifacts.
 
-The only place that knows files and maths. Every function imports what it uses when it is called: the list of those imports is the
-stage's code, on which `dvc.yaml` makes it depend.
+Every function imports what it uses inside its body. These imports tell which modules a stage depends on, and `flows/deps.py`
+keeps the dependencies in `dvc.yaml` equal to them.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prepare(config: Config, workspace: Workspace) -> None:
-    """Documents, targets, tokenizer and the positive control."""
+    """Make documents, targets, held-out documents and tokenizer, with some documents damaged as a positive control."""
     from tda.parallel import num_readers
     from tda.prepare import prepare_documents, write_prepared
 
@@ -23,7 +23,7 @@ def prepare(config: Config, workspace: Workspace) -> None:
 
 
 def train(config: Config, workspace: Workspace) -> None:
-    """Train the model, or adopt an existing run; checkpoints and the trajectory."""
+    """Train the model, or adopt an existing run. Leaves checkpoints and the trajectory."""
     from tda.adopt import adopt_run
     from tda.data import load_documents
     from tda.parallel import device_of
@@ -37,7 +37,7 @@ def train(config: Config, workspace: Workspace) -> None:
 
 
 def segments(config: Config, workspace: Workspace) -> None:
-    """Checkpoints to segments, and every document's exposure in each."""
+    """Divide the run's checkpoints into segments, and find every document's exposure in each."""
     from dataclasses import asdict
 
     import numpy as np
@@ -68,7 +68,7 @@ def segments(config: Config, workspace: Workspace) -> None:
 
 
 def curvature(config: Config, workspace: Workspace, index: int) -> None:
-    """EK-FAC of one segment; of one that is to be fitted from rows, only how they are projected."""
+    """Fit the EK-FAC factors of one segment. With `curvature.space: rows`, only its projections are determined here."""
     import sys
 
     import torch
@@ -92,7 +92,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
     layers = tracked_layers(last, config.curvature.layers)
     if config.curvature.layers == EVERY_LAYER and (said := what_is_left_out(last, layers)):
         print(f"tda curvature: {said}", file=sys.stderr)
-    del last  # fitting loads its own
+    del last  # free it: fitting loads its own
     P = {}
     if training["optimizer"] == "adamw" and config.curvature.adam != "none":
         P = preconditioner(workspace, segment.checkpoints, layers, beta2=training["beta2"], epsilon=training["epsilon"])
@@ -123,7 +123,7 @@ def curvature(config: Config, workspace: Workspace, index: int) -> None:
 
 
 def gradients(config: Config, workspace: Workspace, index: int) -> None:
-    """LoGra rows of every document at one checkpoint, into the store."""
+    """Write the gradient row of every document at one checkpoint to the store."""
     from tda.artifacts import write_json
     from tda.data import load_documents
     from tda.gradient_log import log_rows
@@ -133,7 +133,7 @@ def gradients(config: Config, workspace: Workspace, index: int) -> None:
 
 
 def scores(config: Config, workspace: Workspace) -> None:
-    """SOURCE and the baselines, per document and per query."""
+    """Score every document on the targets, by every method."""
     from tda.artifacts import write_json, write_table
     from tda.scoring import score_documents
 
@@ -144,7 +144,7 @@ def scores(config: Config, workspace: Workspace) -> None:
 
 
 def curation(config: Config, workspace: Workspace) -> None:
-    """The decision per document, and the curated data set."""
+    """Decide on every document, and write the curated data set."""
     from tda.artifacts import read_table, whole, write_json, write_table
     from tda.curate import count_decisions, curate, curated_documents, json_lines
 
@@ -160,7 +160,7 @@ def curation(config: Config, workspace: Workspace) -> None:
 
 
 def retraining(config: Config, workspace: Workspace) -> None:
-    """Models trained on all, on curated and on randomly reduced data, over paired seeds."""
+    """Retrain on all, on curated and on randomly reduced data, with the same seeds."""
     from tda.artifacts import write_table
     from tda.retrain import retrain_arms
 
@@ -168,7 +168,7 @@ def retraining(config: Config, workspace: Workspace) -> None:
 
 
 def evaluation(config: Config, workspace: Workspace) -> None:
-    """The verdict, and how well the planted damage was found."""
+    """Give the verdict, and measure how well the planted damage was found."""
     from tda.artifacts import read_table
     from tda.evaluate import evaluate, write_evaluation
 
@@ -185,7 +185,7 @@ def evaluation(config: Config, workspace: Workspace) -> None:
 
 
 def report(config: Config, workspace: Workspace) -> None:
-    """The page."""
+    """Write the page."""
     from tda.artifacts import whole
     from tda.report import build_report
 
@@ -194,7 +194,7 @@ def report(config: Config, workspace: Workspace) -> None:
 
 
 def audit(config: Config, workspace: Workspace, *, date: str) -> "AuditResult":
-    """Scores of documents now, with the checkpoints at hand, against limits and the previous audit. No stage of `dvc.yaml`."""
+    """Score documents with the existing checkpoints, against limits and the previous audit. Not a stage of `dvc.yaml`."""
     from tda import audit as audits
     from tda.audit_scores import audit_scores
 

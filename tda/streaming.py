@@ -1,7 +1,7 @@
-"""Numbers on their way from the device to what writes them, while the next are computed.
+"""Results on their way from the device to a thread that writes them, while the next are computed.
 
-Nothing here waits for the device but the thread that writes: a copy is started into one of a ring of host buffers, page-locked
-where the device is a GPU, and the writer waits for that copy alone. On a CPU the same happens with plain memory.
+A result is copied into one of a ring of host buffers, page-locked if the device is a GPU. Only the writing thread waits for
+that copy; the thread that computes never waits for the device. On a CPU the same code runs with plain memory.
 """
 
 import itertools
@@ -19,20 +19,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Copy = Callable[[Tensor, Tensor], object]  # (target, source): starts a copy between host and device
 
-AHEAD = 1  # items that may wait while one is consumed and another made
-BUFFERS = AHEAD + 2  # so that the one being filled is neither waiting nor being consumed
-CHECK_SECONDS = 0.2  # how often the maker looks whether the consumer has failed
+AHEAD = 1  # items that may wait while one is consumed and another is made
+BUFFERS = AHEAD + 2  # so that the buffer being filled is neither waiting nor being consumed
+CHECK_SECONDS = 0.2  # how often the producer checks whether the consumer has failed
 
 
 def start_copy(target: Tensor, source: Tensor) -> None:
-    """Copy, without waiting where one side is a GPU and the other page-locked."""
+    """Copy without waiting, if one side is a GPU and the other is page-locked."""
     target.copy_(source, non_blocking=True)
 
 
 def to_device(values: Tensor, device: torch.device, *, copy: Copy = start_copy) -> Tensor:
-    """`values` of the host on `device`: one copy, which is not waited for; none where they are there already.
+    """Host `values` on `device`, by one copy that is not waited for; no copy if they are there already.
 
-    With a `copy` of its own a caller sees on a CPU too what a GPU would be sent.
+    Tests give a `copy` of their own, to see even on a CPU what a GPU would be sent.
     """
     if device.type == values.device.type and copy is start_copy:
         return values
@@ -49,14 +49,14 @@ class Arriving:
     arrived: torch.cuda.Event | None
 
     def wait(self) -> np.ndarray:
-        """The numbers once they are all there; good until `BUFFERS` more have been fetched."""
+        """Waits for the values and returns them; they are valid until `BUFFERS` more have been fetched."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.buffer.numpy()
 
 
 class HostBuffers:
-    """A ring of host buffers of `rows` by `columns`, filled one after the other."""
+    """A ring of host buffers of `rows` by `columns`, which are filled in turn."""
 
     def __init__(self, rows: int, columns: int, *, device: torch.device, copy: Copy = start_copy):
         self._on_gpu = device.type == "cuda"
@@ -64,7 +64,7 @@ class HostBuffers:
         self._copy = copy
 
     def fetch(self, values: Tensor) -> Arriving:
-        """`values` (at most `rows` of them, in float32), on their way into the next buffer: one copy."""
+        """Start the one copy of `values` (at most `rows` of them, in float32) into the next buffer."""
         buffer = next(self._ring)[: len(values)]
         self._copy(buffer, values)
         if not self._on_gpu:
@@ -75,13 +75,13 @@ class HostBuffers:
 
 
 class AbandonedError(RuntimeError):
-    """What a consumer meets where the next item should be, when making it has failed or was interrupted."""
+    """Raised in a consumer in place of the next item, if making that failed or was interrupted."""
 
 
 def in_background(consume: Callable[[Iterator[Item]], Result], items: Iterable[Item]) -> Result:
-    """What `consume` makes of `items`, which it reads in a thread of its own while the next are made in this one.
+    """Run `consume(items)` in a thread of its own, while this thread makes the items; returns what `consume` returns.
 
-    An error on either side ends both, and is raised here; the consumer meets an `AbandonedError` if `items` fails.
+    An error on either side ends both and is raised here. If making an item fails, `consume` gets an `AbandonedError`.
     """
     waiting: queue.Queue = queue.Queue(AHEAD)
     outcome: dict[str, Any] = {}

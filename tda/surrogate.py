@@ -1,17 +1,16 @@
-"""Scores by retraining a surrogate: a kernel machine in the model's own tangent space, on random halves of the data.
+"""Scores from a surrogate that is cheap to retrain: kernel machines in the model's tangent kernel, on random halves of the rows.
 
-Influence functions and SOURCE linearise around what the run has become with every row in it: a row that was learned by heart has
-no gradient left, so that what it taught cannot be seen any more, and the curvature between layers is left out. Here each row's
-effect is worked out where it was not trained on, and without a curvature approximation:
+Influence functions and SOURCE linearise around a model that was trained on every row. A memorised row has no gradient left there,
+so its effect cannot be seen; and their curvature ignores what couples layers. Here a row's effect is computed for machines that
+were not trained on it, and without approximating the curvature:
 
-1. K, the tangent kernel of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
-   2020, arXiv 2012.00152) as far as training on half the rows would go (`counterfactual_end`).
-2. Kernel machines fitted to the training loss on random halves of the rows. Their ridge is 1/(eta_bar K) plus the weight decay,
-   what SOURCE's damping is for a run on half the data, times `ridge_scale`.
-3. For every row outside the half, the closed-form effect of adding it on the outputs at every query. Of a classifier it is the
-   mean of two: by the Hessian of the loss, which says too little of rows that are learned by heart, and by its trace.
-4. The score is minus that, along the derivative of the query's cost, averaged over the machines' own predictions: where the cost
-   is not smooth, as |error| is, its slope is that of its mean over such runs, not that of one run's accident.
+1. The tangent kernel K of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
+   2020, arXiv 2012.00152) up to where training on half the rows would end (`counterfactual_end`).
+2. Kernel machines, fitted to the training loss on random halves of the rows. Their ridge is `ridge_scale` times 1/(eta_bar K)
+   plus the weight decay, which is SOURCE's damping for a run on half the data.
+3. For every row outside a half, the effect of adding it on the outputs at every query, in closed form (`kernel_machine.py`).
+4. The score is minus that effect times the derivative of the query's cost by its outputs. The derivative is averaged over the
+   machines, because a cost with a kink, such as |error|, has a slope in the mean over runs that no single run shows.
 """
 
 import itertools
@@ -33,21 +32,21 @@ HALVES = 2  # of every split
 QUERIES_AT_ONCE = 512
 
 
-def surrogate_scores(run: Fitted) -> np.ndarray:
+def surrogate_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
-        ValueError: the task is neither `Classification` nor `Regression` (one derived from them may have another loss), there are
-            fewer than four rows, or more than memory takes.
+        ValueError: the task is neither `Classification` nor `Regression` (a subclass may have another loss), there are fewer than
+            four rows, or memory is too small.
     """
-    train, queries, task = run.train, run.queries, run.task
+    train, queries, task = fitted.train, fitted.queries, fitted.task
     if type(task) not in (Classification, Regression) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
         raise ValueError(
             f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {len(train)} "
             "rows; use source, which takes every task"
         )
-    num_outputs = task.outputs(run.model(-1), train.batch([0])).shape[1]
-    needed, free = memory_needed(run, num_outputs), free_memory(run.device)
+    num_outputs = task.outputs(fitted.model(-1), train.batch([0])).shape[1]
+    needed, free = memory_needed(fitted, num_outputs), free_memory(fitted.device)
     if needed > free:
         raise ValueError(
             f"surrogate: {len(train)} rows, {len(queries)} queries and {num_outputs} outputs need about {needed / 2**30:.1f} GiB "
@@ -55,41 +54,46 @@ def surrogate_scores(run: Fitted) -> np.ndarray:
             "rows"
         )
     machine = SoftmaxMachine(num_outputs) if isinstance(task, Classification) else SquaresMachine()
-    implied = 2 / float(run.rates.sum()) + run.run.optimizer.weight_decay
+    implied = 2 / float(fitted.rates.sum()) + fitted.run.optimizer.weight_decay
     return retrained_effects(
-        path_kernel(run),
+        path_kernel(fitted),
         train,
         queries,
         task=task,
         machine=machine,
-        ridge=(run.settings.ridge_scale or machine.ridge_scale) * implied,
-        splits=run.settings.splits or machine.splits,
-        seed=run.settings.seed,
+        ridge=(fitted.settings.ridge_scale or machine.ridge_scale) * implied,
+        splits=fitted.settings.splits or machine.splits,
+        seed=fitted.settings.seed,
     )
 
 
-def memory_needed(run: Fitted, num_outputs: int) -> int:
-    """Bytes, nearly: kernels of all points, what layers take in and give back, a classifier's matrix per class of a half."""
-    points, half = len(run.train) + len(run.queries), len(run.train) // HALVES
-    kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in run.layers)
-    matrices = num_outputs + 3 if isinstance(run.task, Classification) else 3
-    return next(run.run.model.parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
+def memory_needed(fitted: Fitted, num_outputs: int) -> int:
+    """About how many bytes it takes: kernels of all points, inputs and pseudo-gradients of layers, a half's matrices."""
+    points, half = len(fitted.train) + len(fitted.queries), len(fitted.train) // HALVES
+    kept = points * sum(layer.d_in + num_outputs * layer.d_out for layer in fitted.layers)
+    matrices = num_outputs + 3 if isinstance(fitted.task, Classification) else 3
+    return next(fitted.run.model.parameters()).element_size() * (3 * points**2 + kept + matrices * half**2)
 
 
-def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
-    """The tangent kernel of rows, then queries, averaged up to the counterfactual's end.
+def path_kernel(fitted: Fitted) -> Float[Tensor, "point point"]:
+    """The tangent kernel of all points, rows first and then queries, averaged over the run up to the counterfactual's end.
 
-    Each stretch of training is seen at the checkpoint that it ends at, through the optimizer's preconditioner there, and counts
-    by its learning rate.
+    A stretch of training is represented by the checkpoint at its end, with the optimizer's preconditioner there, and weighted by
+    its summed learning rate.
     """
-    points = Examples(torch.cat([run.train.x, run.queries.x]), torch.cat([run.train.y, run.queries.y]))
-    steps = [0, *(checkpoint.step for checkpoint in run.run.checkpoints)]
-    last = max(1, sum(step <= run.settings.counterfactual_end * steps[-1] for step in steps[1:]))
-    times = [float(run.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
+    points = Examples(torch.cat([fitted.train.x, fitted.queries.x]), torch.cat([fitted.train.y, fitted.queries.y]))
+    steps = [0, *(checkpoint.step for checkpoint in fitted.run.checkpoints)]
+    last = max(1, sum(step <= fitted.settings.counterfactual_end * steps[-1] for step in steps[1:]))
+    times = [float(fitted.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
     K: Tensor | float = 0.0
     for index, time in enumerate(times):
         here, _outputs = tangent_kernel(
-            run.model(index), run.layers, points, task=run.task, batch_size=run.batch_size, roots=_roots(run, index)
+            fitted.model(index),
+            fitted.layers,
+            points,
+            task=fitted.task,
+            batch_size=fitted.batch_size,
+            roots=_roots(fitted, index),
         )
         K = K + time / sum(times) * here
     if not torch.as_tensor(K).isfinite().all():
@@ -100,10 +104,10 @@ def path_kernel(run: Fitted) -> Float[Tensor, "point point"]:
     return K
 
 
-def _roots(run: Fitted, index: int) -> dict[str, Roots] | None:
-    if run.run.optimizer.kind != "adamw" or run.settings.adam == "none":
+def _roots(fitted: Fitted, index: int) -> dict[str, Roots] | None:
+    if fitted.run.optimizer.kind != "adamw" or fitted.settings.adam == "none":
         return None
-    return {name: rank_one_roots(v.to(run.device)) for name, v in run.second_moments(index).items()}
+    return {name: rank_one_roots(v.to(fitted.device)) for name, v in fitted.second_moments(index).items()}
 
 
 def retrained_effects(
@@ -117,7 +121,7 @@ def retrained_effects(
     splits: int,
     seed: int,
 ) -> np.ndarray:
-    """Scores (query, row) from the kernel of rows, then queries; each of `splits` random splits gives every row one effect."""
+    """Scores (query, row) from the kernel K of all points; each of `splits` random splits gives every row one effect."""
     num_rows = len(train)
     K_rows, K_queries = K[:num_rows, :num_rows], K[:num_rows, num_rows:]
     machines = []

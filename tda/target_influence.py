@@ -1,8 +1,8 @@
 """`averaged_influence` of every document on the whole target set, from the artifacts of the pipeline.
 
-The curvature is solved for a few means of the targets' gradients instead of for every target: their sum is the answer that is
-asked for, and each finds directions for the others. Documents' gradients are taken in full, in a pass of their own: the response
-to the targets lies where a projection that was fitted to the curvature keeps little of it.
+The stage needs only the mean over all targets, so a few groups of targets are solved for instead of every target, and their
+responses are summed. (One group would do, but block Krylov lets each group use the directions of the others.) Documents'
+gradients are taken in full, in a pass of their own, because the projection of the stored rows keeps little of this response.
 """
 
 import warnings
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tda.artifacts import Workspace, read_json
-from tda.averaged_influence import BLOCK_VALUES, around, at_mean_of, averaged_response, rows_under
+from tda.averaged_influence import BLOCK_VALUES, around, at_mean_of, averaged_response, row_scores
 from tda.config import Config
 from tda.data import Documents
 from tda.fitted import Fitted, Settings
@@ -23,15 +23,14 @@ from tda.source import Gradients
 from tda.task import CausalLM
 from tda.trajectory import Run
 
-MOST_GROUPS, ROUNDS = 12, 6  # means of targets that are solved for: so few that further rounds cost little
-SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # whose curvature is solved with; in smaller batches than gradients are taken
+MOST_GROUPS, ROUNDS = 12, 6  # groups of targets, and rounds of block Krylov: with so few groups, more rounds cost little
+SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # in the Gauss-Newton matrix; its products need smaller batches than gradients
 
 
 def target_influence(config: Config, workspace: Workspace, documents: Documents, queries: Documents) -> np.ndarray:
-    """One score per document, of the measurement's mean over all predicted tokens of `queries`.
+    """One score per document, for the measurement's mean over all predicted tokens of `queries`.
 
-    The counterfactual takes as many steps as the run did, as retraining does. Missing artifacts are refused with
-    FileNotFoundError.
+    The counterfactual has as many steps as the run, as the stage `retraining` has. A missing artifact is a FileNotFoundError.
     """
     settings = Settings.of(
         layers=config.curvature.layers,
@@ -45,9 +44,9 @@ def target_influence(config: Config, workspace: Workspace, documents: Documents,
     )
     steps = read_json(workspace.training, stage="train")["checkpoint_steps"]
     run = load_run(workspace, needs_moments=config.curvature.adam != "none", only=around(steps, settings.counterfactual_end))
-    run = replace(run, model=run.model.to(device_of(config.compute)))  # where everything is worked out
+    run = replace(run, model=run.model.to(device_of(config.compute)))  # the methods compute where the model is
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "attribute: scores follow")  # `curvature` has said so, and by its own name
+        warnings.filterwarnings("ignore", "attribute: scores follow")  # stage `curvature` has said so already
         return _scored(run, config, documents, queries, settings)
 
 
@@ -56,11 +55,11 @@ def _scored(run: Run, config: Config, documents: Documents, queries: Documents, 
     place = at_mean_of(fitted, range(len(run.checkpoints)))
     groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())
     response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
-    return rows_under(place, response)[0]
+    return row_scores(place, response)[0]
 
 
 def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
-    """`grouped` of the queries' gradients, no more than `QUERY_VALUES` numbers of which are in memory at once."""
+    """The sums of `grouped` over all queries, with at most `QUERY_VALUES` values of query gradients in memory at once."""
     gradient = sum(layer.d_in * layer.d_out for layer in place.layers)
     size, num_groups = max(1, QUERY_VALUES // gradient), groups_for(len(weights), gradient=gradient)
     groups: Gradients = {}
@@ -73,18 +72,18 @@ def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
 
 
 def groups_for(num_queries: int, *, gradient: int) -> int:
-    """How many groups of queries are solved for, with `gradient` values in a vector: as many as are solved together.
+    """How many groups the queries are divided into, for gradients of `gradient` values: as many as can be solved together.
 
-    Groups that are solved apart find no directions for each other; on the default model one group has scores like twelve
-    (EXPERIMENTS.md).
+    More would not help, as groups that are solved apart share no directions. On the default model one group gives nearly the
+    scores of twelve (EXPERIMENTS.md).
     """
     return min(MOST_GROUPS, num_queries, max(1, BLOCK_VALUES // gradient))
 
 
 def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray, *, num_groups: int) -> Gradients:
-    """Sums of weighted query gradients over groups, every so many queries to a group.
+    """Sums over groups of weighted query gradients (group, d_out, d_in); query i is in group i modulo `num_groups`.
 
-    `weights` are those of all queries, `query` the gradients of those in `rows`.
+    `query` has the gradients of the queries numbered `rows`, `weights` (query) is for all queries.
     """
     places = torch.from_numpy(rows)
     shares = torch.zeros(num_groups, len(places))

@@ -1,8 +1,10 @@
-"""What is trained and what is measured: the one thing that a user tells of a model, whatever the model is.
+"""A task: what a model was trained to minimise, and what is measured on a query.
 
-A task knows two numbers of an example: its training loss, with labels that are true or sampled from the model itself, and its
-cost, the measurement that scores predict, signed so that lower is better. Beneath the loss are the outputs that it is a convex
-function of, a row per term: what the Gauss-Newton matrix and TRAK's linear model are made of.
+For every example a task gives
+
+- its training loss, with true labels or with labels sampled from the model;
+- its cost: the measurement that scores predict, signed so that lower is better;
+- the outputs, a row per term, of which the loss is a convex function: the Gauss-Newton matrix and TRAK are made of these.
 """
 
 from dataclasses import dataclass, replace
@@ -21,9 +23,9 @@ from tda.losses import (
     document_costs,
     document_logits,
     document_losses,
-    draw,
     logit_losses,
     margins,
+    sample_labels,
 )
 from tda.packing import DocumentBatch
 
@@ -32,7 +34,7 @@ RegressionMeasurement = Literal["absolute_error", "squared_error"]
 
 @runtime_checkable
 class Task(Protocol):
-    """Training loss and cost of the examples in a batch; each returns a sum to be differentiated, and every example's value.
+    """Training loss and cost of the examples in a batch: each as a weighted sum to be differentiated, and by example.
 
     The training loss of a step is the mean over the terms (`batch.sizes`) of its examples: over examples, or over tokens.
     """
@@ -46,7 +48,7 @@ class Task(Protocol):
         labels: Labels = "true",
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
-        """The sum over examples of `weights` (default 1) times the loss, and the losses, each summed over the example's terms.
+        """The sum over examples of `weights` (default 1) times the loss, and every example's loss, summed over its terms.
 
         With sampled labels, squared gradients average to the Gauss-Newton matrix of the loss (Martens 2020, section 5).
         """
@@ -55,21 +57,21 @@ class Task(Protocol):
     def costs(
         self, model: nn.Module, batch: Batch | TensorBatch, *, weights: Float[Tensor, " example"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " example"]]:
-        """The same of the measurement, signed so that lower is better."""
+        """The same for the measurement, signed so that lower is better."""
         ...
 
     def outputs(self, model: nn.Module, batch: Batch | TensorBatch) -> Float[Tensor, "term output"]:
-        """What the loss is a function of: a row for each of the `batch.sizes` terms of every example, example by example."""
+        """What the loss is a function of, such as logits: a row for each term (`batch.sizes`) of every example, in order."""
         ...
 
     def output_losses(self, outputs: Float[Tensor, "term output"], batch: Batch | TensorBatch) -> Float[Tensor, " term"]:
-        """The loss of every term, as a convex function of its own outputs; an example's sum to its `losses`."""
+        """The loss of every term, as a convex function of its own outputs; over an example's terms they sum to its loss."""
         ...
 
     def responses(
         self, outputs: Float[Tensor, "term output"], batch: Batch | TensorBatch
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
-        """The numbers that TRAK has a linear model of, and the derivative of the loss by each."""
+        """The numbers that TRAK models linearly, such as margins, and the derivative of the loss by each."""
         ...
 
 
@@ -77,7 +79,8 @@ class Task(Protocol):
 class CausalLM:
     """Next-token prediction: cross-entropy in nats, summed over the predictions of a document that count.
 
-    The cost is the loss, minus the margin (log p/(1-p)), or minus the log-probability. `backend` compiles losses of true labels.
+    The cost is the loss, minus the margin log p/(1-p), or minus the log-probability. A `backend` compiles losses of true
+    labels.
     """
 
     measurement: Measurement = "loss"
@@ -116,8 +119,8 @@ class CausalLM:
         return _margin_responses(outputs, batch.predictions[1])
 
 
-class _OfExamples:
-    """What `Classification` and `Regression` share: all is a function of the model's outputs."""
+class _ExampleTask:
+    """What `Classification` and `Regression` share: loss and cost are functions of the model's outputs."""
 
     def losses(
         self,
@@ -142,7 +145,7 @@ class _OfExamples:
 
 
 @dataclass(frozen=True)
-class Classification(_OfExamples):
+class Classification(_ExampleTask):
     """Cross-entropy (nats) of `model(x)`, logits (example, class), against the class numbers `y`.
 
     The cost is minus the margin log p/(1-p) of the true class, the loss, or minus the log-probability.
@@ -176,7 +179,7 @@ class Classification(_OfExamples):
 
     def sampled(self, outputs: Float[Tensor, "term output"], generator: torch.Generator | None) -> Int[Tensor, " term"]:
         """Targets drawn from the model's own distribution."""
-        return draw(outputs.softmax(dim=1), torch.rand(len(outputs), generator=generator, device=outputs.device))
+        return sample_labels(outputs.softmax(dim=1), torch.rand(len(outputs), generator=generator, device=outputs.device))
 
     def responses(
         self, outputs: Float[Tensor, "term output"], batch: TensorBatch
@@ -186,7 +189,7 @@ class Classification(_OfExamples):
 
 
 @dataclass(frozen=True)
-class Regression(_OfExamples):
+class Regression(_ExampleTask):
     """Squared error of `model(x)` against `y`, both (example, ...), summed over the outputs of an example.
 
     The cost is that, or the summed absolute error.

@@ -1,4 +1,4 @@
-"""The tokenizer, and documents as rows of tokens."""
+"""Tokenizers, trained or loaded, and documents as rows of tokens."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,11 +92,13 @@ def load_tokenizer(name: str, *, key: str = "prepare.tokenizer") -> Any:
 def encode_documents(documents: Sequence[Document], tokenizer: Any, *, context: int, end: bool) -> Encoded:
     """The documents as rows of at most `context` tokens.
 
-    In front stands the tokenizer's beginning-of-text token (its end-of-text token where it has none, nothing where it has
-    neither); with `end`, the end-of-text token follows the last token. A longer text is split into parts `id#1`, `id#2`,
-    ...: their texts joined are the whole text, except for a last part of fewer than 8 tokens, which is dropped. Prompt and
-    completion are encoded together and not split; the loss starts at the first token that reaches into the completion. Too
-    long, the prompt is cut at its beginning, and a completion that does not fit even so at its end.
+    A row begins with the tokenizer's beginning-of-text token (if it has none, its end-of-text token; if it has neither,
+    nothing). With `end`, the end-of-text token follows a document's last token.
+
+    A longer text is split into parts `id#1`, `id#2`, ..., which joined are the whole text, except that a last part of fewer
+    than `MIN_PART` tokens is dropped. Prompt and completion are encoded together and never split; the loss starts at the first
+    token that reaches into the completion. If they are too long, the prompt is cut at its beginning, and if that is not enough,
+    the completion at its end.
     """
     encoded = Encoded([])
     first = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None][:1]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tda.adapters import settle
+from tda.adapters import normalise_config
 from tda.artifacts import MEAN_FILE, read_json, whole, write_json
 from tda.config import Train
 from tda.data import Documents, batches
@@ -36,12 +36,12 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What became of a step."""
+class StepResult:
+    """A step that was taken."""
 
     step: Step
     loss: float  # nats per token
-    scale: float  # factor by which clipping shortened the gradient; 1 without
+    scale: float  # the factor by which clipping shortened the gradient; 1 if it did not
 
 
 def stage_lengths(documents: Documents, recipe: Train) -> list[int]:
@@ -54,13 +54,18 @@ def stage_lengths(documents: Documents, recipe: Train) -> list[int]:
     ]
 
 
+def stage_ends(lengths: Sequence[int]) -> list[int]:
+    """The last step of every training stage that takes any."""
+    return [sum(lengths[: index + 1]) for index in range(len(lengths)) if lengths[index]]
+
+
 def schedule(
     documents: Documents, recipe: Train, *, seed: int, lengths: Sequence[int], keep: np.ndarray | None = None
 ) -> list[Step]:
     """All steps of a run: `lengths` steps per stage, over the documents that `keep` marks (default: all).
 
-    Every epoch is a fresh permutation of the whole part, from which unkept documents are then taken out: runs of one seed on
-    different selections see the rest in the same order.
+    Every epoch permutes the whole part afresh and then takes out the documents that are not kept, so runs with the same seed but
+    different selections see the documents they share in the same order.
 
     Raises:
         ValueError: a stage that takes steps has no documents to take them on, or no stage takes any.
@@ -111,7 +116,7 @@ def learning_rates(recipe: Train, num_steps: int) -> list[float]:
 
 
 def make_optimizer(model: nn.Module, recipe: Train) -> torch.optim.Optimizer:
-    """AdamW (decoupled weight decay) or SGD with heavy-ball momentum (coupled); decay on all matrices, none on vectors."""
+    """AdamW (decoupled weight decay) or SGD with heavy-ball momentum (coupled); matrices decay, vectors do not."""
     trainable = trained_parameters(model).values()
     groups = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": recipe.weight_decay},
@@ -133,9 +138,9 @@ def train(
     optimizer: torch.optim.Optimizer,
     weights: np.ndarray | None = None,
     seed: int = 0,
-    after: Callable[[Taken], None] = lambda taken: None,
+    after: Callable[[StepResult], None] = lambda result: None,
 ) -> None:
-    """Take `steps` with `model`, in place; `weights` multiply every document's loss (default 1); `after` is called at each step.
+    """Train `model` in place by `steps`; `weights` (default 1) multiply each document's loss; `after` is called after each step.
 
     A GPU multiplies in TF32, whose rounding is far below the noise of a batch, at several times the speed of float32.
 
@@ -147,7 +152,7 @@ def train(
     model.train()
     with tf32(allowed=device.type != "cpu"):
         for step in steps:
-            torch.manual_seed(seed * 1_000_003 + step.number)  # dropout, where a model has it, does not depend on a restart
+            torch.manual_seed(seed * 1_000_003 + step.number)  # so that dropout does not depend on a restart
             for group in optimizer.param_groups:
                 group["lr"] = step.learning_rate
             batch = documents.batch(step.rows).to(device)
@@ -164,7 +169,7 @@ def train(
                 scale = min(1.0, recipe.max_gradient_norm / (norm.item() + 1e-6))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            after(Taken(step, loss.item(), scale))
+            after(StepResult(step, loss.item(), scale))
     model.eval()
 
 
@@ -180,7 +185,7 @@ def mean_loss(model: nn.Module, documents: Documents, *, batch_tokens: int = 409
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors under `KIND.PARAMETER`, as `exp_avg_sq.model.layers.0.mlp.up_proj.weight`."""
+    """The optimizer's tensors by `KIND.PARAMETER`, such as `exp_avg_sq.model.layers.0.mlp.up_proj.weight`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{kind}.{names[parameter]}": value.detach().contiguous()
@@ -191,7 +196,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put `state`, as `optimizer_state` gives it, back into `optimizer`, each tensor where the optimizer wants it."""
+    """Load `state`, as `optimizer_state` gives it, into `optimizer`."""
     by_parameter: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in state.items():
         kind, _, name = key.partition(".")
@@ -212,7 +217,7 @@ def save_checkpoint(
     with whole(folder) as part:
         part.mkdir()
         model.save_pretrained(part / "model")
-        settle(part / "model")
+        normalise_config(part / "model")
         if optimizer is not None:
             save_file(optimizer_state(model, optimizer), part / "optimizer.safetensors")
         if mean is not None:
@@ -221,7 +226,7 @@ def save_checkpoint(
 
 
 def checkpoint_steps(num_steps: int, num_checkpoints: int, stage_ends: Sequence[int]) -> list[int]:
-    """The steps after which checkpoints are taken: evenly spaced up to the last, the nearest one moved to each stage's end.
+    """The steps after which checkpoints are taken: evenly spaced, but the one nearest to a stage's end is moved there.
 
     Raises:
         ValueError: there are more checkpoints than steps.
@@ -236,16 +241,16 @@ def checkpoint_steps(num_steps: int, num_checkpoints: int, stage_ends: Sequence[
     return sorted(steps)
 
 
-def read_trajectory(taken: Sequence[Taken]) -> pl.DataFrame:
+def trajectory_table(results: Sequence[StepResult]) -> pl.DataFrame:
     """The trajectory as a table: a row per step."""
     return pl.DataFrame(
         {
-            "step": [at.step.number for at in taken],
-            "stage": [at.step.stage for at in taken],
-            "learning_rate": [at.step.learning_rate for at in taken],
-            "gradient_scale": [at.scale for at in taken],
-            "loss": [at.loss for at in taken],
-            "documents": [at.step.rows for at in taken],
+            "step": [result.step.number for result in results],
+            "stage": [result.step.stage for result in results],
+            "learning_rate": [result.step.learning_rate for result in results],
+            "gradient_scale": [result.scale for result in results],
+            "loss": [result.loss for result in results],
+            "documents": [result.step.rows for result in results],
         },
         schema={
             "step": pl.Int32,

@@ -1,7 +1,4 @@
-"""A finished training run, as a user hands it over: its checkpoints, and what every step did.
-
-`Recorder` takes one down beside any training loop.
-"""
+"""A finished training run: its checkpoints, and what every step did. A `Recorder` records one beside any training loop."""
 
 import copy
 from collections.abc import Sequence
@@ -32,38 +29,28 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights after a step, by name, and AdamW's second moments (`exp_avg_sq`) by parameter name.
+    """The weights after a step."""
 
-    Weights that are frozen may be missing: the run's model has them.
-
-    `mean_weights` are the means over the steps since the checkpoint before: what training did there without the noise of its
-    batches.
-    """
-
-    step: int
-    weights: dict[str, Tensor]
-    second_moments: dict[str, Tensor]  # empty for SGD
-    mean_weights: dict[str, Tensor] = field(default_factory=dict)  # empty if not recorded
+    step: int  # from 1
+    weights: dict[str, Tensor]  # by name; frozen ones may be missing, as the run's model has them
+    second_moments: dict[str, Tensor]  # AdamW's `exp_avg_sq` by parameter name; empty for SGD
+    mean_weights: dict[str, Tensor] = field(default_factory=dict)  # means over the steps since the checkpoint before, or empty
 
     def bias_correction(self, optimizer: Optimizer) -> float:
-        """What the second moments are to be divided by, for having started from 0."""
+        """The factor by which the second moments are too small, because they started at 0."""
         return 1 - optimizer.beta2**self.step
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
+    """A training run, in which a step's loss is the mean over the terms of its rows (see `Task`)."""
 
-    The training loss of a step is the mean over the terms of its rows (`Task`). A run that goes on after its last checkpoint is
-    refused.
-    """
-
-    model: nn.Module  # the architecture; its weights are those of whatever was asked for last
-    checkpoints: list[Checkpoint]  # in their order; the last one is the end of the run
+    model: nn.Module  # the architecture; its weights do not matter, except for frozen ones
+    checkpoints: list[Checkpoint]  # in order; the last one is at the last step, or the run is refused
     learning_rates: np.ndarray  # (step,)
-    batches: list[np.ndarray]  # row numbers of every step; empty if unknown: all rows are taken to be drawn equally often
+    batches: list[np.ndarray]  # row numbers of every step; empty if unknown: all rows then count as drawn equally often
     optimizer: Optimizer
-    initial: dict[str, Tensor]  # weights before the first step; empty if unknown: replay needs them
+    initial: dict[str, Tensor]  # weights before the first step; empty if unknown: `replay` and `datamodel` need them
 
     def __post_init__(self) -> None:
         steps = [checkpoint.step for checkpoint in self.checkpoints]
@@ -91,7 +78,7 @@ class Run:
         })
 
     def at_least_float32(self) -> "Run":
-        """The run with no weight or second moment narrower than that: what one row adds to a sum would be lost in rounding."""
+        """The run in float32 or wider: in less, what a single row adds to a sum would be lost in rounding."""
 
         def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: at_least_float32(value) if value.is_floating_point() else value for name, value in tensors.items()}
@@ -128,15 +115,15 @@ class Run:
 
 
 def averaged(run: Run, groups: Sequence[Sequence[int]]) -> Run:
-    """The run with each group of checkpoints, by index, made one: the mean of their weights, at the step of the last of them."""
+    """The run with one checkpoint for each group of indices: the mean of their weights, at the step of the last of them."""
     held = [[run.checkpoints[index] for index in indices] for indices in groups]
     return replace(run, checkpoints=[_mean(each, run.optimizer, step=each[-1].step) for each in held])
 
 
 def at_mean(run: Run, indices: Sequence[int]) -> Run:
-    """The run with one checkpoint, at its end, of the mean weights of all steps between these checkpoints and those before them.
+    """The run with a single checkpoint at its end: the mean of the `mean_weights` of these checkpoints.
 
-    Where no mean weights were recorded, of the mean of the checkpoints.
+    If none were recorded, it is the mean of their weights.
     """
     held = [run.checkpoints[index] for index in indices]
     means = [replace(each, weights=each.weights | each.mean_weights) for each in held]
@@ -144,7 +131,7 @@ def at_mean(run: Run, indices: Sequence[int]) -> Run:
 
 
 def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Checkpoint:
-    """The mean of checkpoints, as one of step `step`: second moments are averaged without their bias, and get that step's."""
+    """The mean of checkpoints, as one of step `step`; second moments are averaged bias-corrected, then given its bias."""
     last = held[-1]
     weights = {
         name: sum(each.weights[name] for each in held) / len(held) if value.is_floating_point() else value
@@ -160,7 +147,7 @@ def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Che
 
 
 class Recorder:
-    """Takes down a run beside a training loop: make it before the first step, call `step` after every one.
+    """Records a run beside a training loop: make it before the first step, and call `step` after every one.
 
         recorder = Recorder(model, optimizer, num_steps=len(loader) * epochs)
         ...
@@ -173,8 +160,8 @@ class Recorder:
     they were not, and `replay` refuses a run that clipping changed.
 
     Raises:
-        ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, or is set in a way that the methods do not
-            know; it says which.
+        ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, or has a setting that the methods do not
+            support.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_steps: int, num_checkpoints: int = 6):
@@ -193,7 +180,7 @@ class Recorder:
         self._mean = RunningMean(model)
 
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
-        """Take down an optimizer step on the training rows numbered `rows`; before a scheduler changes the learning rate."""
+        """Record an optimizer step on the training rows numbered `rows`. Call it before a scheduler changes the learning rate."""
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
         self._batches.append(np.array([int(row) for row in rows], dtype=np.int64))
         self._mean.add()
@@ -212,13 +199,13 @@ class Recorder:
         return {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
 
     def _moving(self) -> dict[str, Tensor]:
-        """A copy of the model's state on the CPU, where it fills no GPU; of what is frozen the model itself is the only one."""
+        """A copy of the model's state on the CPU, without frozen weights, which the model itself keeps."""
         state = self._model.state_dict()
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items() if name not in self._frozen}
 
     @property
     def run(self) -> Run:
-        """The run so far; its last checkpoint has to be at the last step taken."""
+        """The recorded run; its last checkpoint has to be at the last step taken."""
         model = copy.deepcopy(self._model).eval()
         trained = self._trained()
         freeze(model, [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained])

@@ -1,4 +1,4 @@
-"""What a piece of work takes, processor time and peak memory of this process; and the memory that there is."""
+"""Processor time and peak memory that a piece of work takes in this process; and the memory that is free."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ RESET_PEAK = "5"  # to clear_refs: proc_pid_clear_refs(5)
 
 @dataclass
 class Usage:
-    """Filled in when the work ends."""
+    """What a piece of work took."""
 
     cpu_seconds: float = 0.0  # of this process, all its threads
     peak_mib: float = 0.0  # resident memory of the whole process, interpreter and libraries included
@@ -27,7 +27,7 @@ class Usage:
 
 @contextlib.contextmanager
 def measured() -> Iterator[Usage]:
-    """Measure the block. Where the system cannot reset the peak (it is not Linux), an earlier higher peak counts too."""
+    """Measure the block; the result is filled in at its end. Only Linux can reset the peak: elsewhere earlier ones count too."""
     with contextlib.suppress(OSError):
         (PROC / "clear_refs").write_text(RESET_PEAK)
     usage, began, before = Usage(), time.process_time(), _mib("VmRSS")
@@ -38,7 +38,7 @@ def measured() -> Iterator[Usage]:
 
 
 def in_turn(parts: Sequence[Usage]) -> Usage:
-    """What works take that are done one after the other."""
+    """The usage of several pieces of work, done one after the other."""
     return Usage(
         cpu_seconds=sum(part.cpu_seconds for part in parts),
         peak_mib=max(part.peak_mib for part in parts),
@@ -47,7 +47,7 @@ def in_turn(parts: Sequence[Usage]) -> Usage:
 
 
 def free_memory(device: "torch.device | None" = None) -> int:
-    """Bytes that processes can still have, or this process on a GPU."""
+    """Bytes that processes can still allocate; on a GPU, bytes that this process can."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -62,7 +62,7 @@ def free_memory(device: "torch.device | None" = None) -> int:
 
 
 def memory_rise(action: Callable[[], object], *, device: "torch.device") -> int:
-    """The most bytes that `action` takes on a GPU beyond what was there before; 0 on any other device, where nobody counts."""
+    """The most bytes that `action` allocates on a GPU at once; 0 on any other device, where it cannot be measured."""
     if device.type != "cuda":
         action()
         return 0
@@ -88,7 +88,7 @@ def left_by_control_groups(root: Path = Path("/")) -> list[int]:
     return left
 
 
-_FILES = {  # by controller: limit, usage, and what of the statistics are pages of files that can go
+_FILES = {  # by controller: limit, usage, and the statistic that counts pages of files, which can be evicted
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }

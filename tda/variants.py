@@ -1,4 +1,4 @@
-"""Methods with settings, as `--methods` names them, and what each is put together from."""
+"""Methods with settings, as `--methods` names them, and the parts that ensembles and datamodels are combined from."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from tda.scores import ENSEMBLE
 from tda.task import Task
 
 DATAMODEL = "datamodel"
-RETRAININGS = "retrainings"  # no method: a datamodel's own part, what the queries' costs became in training on halves
+RETRAININGS = "retrainings"  # not a method, but a part of a datamodel: the queries' costs after retraining on halves
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, or several joined by +, with settings of its own, as `source:adam=symmetric:num_segments=2`."""
+    """A method, or several joined by +, with settings, such as `source:adam=symmetric:num_segments=2`."""
 
     label: str
     method: str
     settings: dict[str, object]
 
     def parts(self, task: Task, train: Data) -> list["Variant"]:
-        """An ensemble's members; a datamodel's prior and retrainings; nothing of what is worked out by itself."""
+        """The members of an ensemble, or the prior and the retrainings of a datamodel; nothing for other methods."""
         from tda.methods import prior_of
 
         names = self.method.split(ENSEMBLE)

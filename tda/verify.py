@@ -1,4 +1,4 @@
-"""Whether the gradient store holds what the manifests say, and what in it nobody needs any more."""
+"""`tda verify` and `tda gc`: whether the gradient store holds what the manifests say, and removing what no manifest names."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ NEEDED = ("table", "tag", "rows", "dim", "dtype", "digest", "documents", "finger
 
 
 def verify(workspace: Workspace) -> list[str]:
-    """What is wrong with the store, a line per problem; empty if every manifest's rows hash to its digest."""
+    """What is wrong with the store, a line per problem; empty if the rows of every manifest hash to its digest."""
     paths = manifest_paths(workspace)
     if not paths:
         return [f"{_folder(workspace)} holds no manifest, so there is nothing to check; run `dvc repro`"]
@@ -43,14 +43,15 @@ def _problems(workspace: Workspace, path: Path, documents: list[tuple[str, str]]
 
 
 def collect_garbage(workspace: Workspace, dry_run: bool = False) -> list[str]:
-    """What was removed from the store (or would be, with `dry_run`), a line each, with the bytes freed.
+    """Remove from the store what no manifest needs. Returns a line for each thing removed, or with `dry_run` to be removed.
 
-    Kept are the tables and tags that a manifest in the workspace names, and unfinished work: rows of a checkpoint that has no
-    manifest now. Rows of other commits of the repository go; `dvc repro --force gradients@C` makes them again. While a gradients
-    stage runs or an audit adds new documents, nothing is removed (RuntimeError); the next audit makes its own tags again.
+    Kept are the tables and tags that a manifest in the workspace names, and unfinished work, which is rows of a checkpoint
+    without a manifest. Rows of other commits of the repository are removed; `dvc repro --force gradients@C` makes them again,
+    and the next audit makes its own tags again. While a gradients stage runs or an audit adds documents, nothing is removed
+    (RuntimeError).
 
     Raises:
-        ValueError: there is no manifest, or one cannot be read; so nothing may be removed.
+        ValueError: there is no manifest, or one cannot be read, so that it is not known what is needed.
     """
     names = store.table_names(workspace.store)
     locks = set(workspace.work.glob("gradients-*.lock"))

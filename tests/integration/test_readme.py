@@ -28,3 +28,9 @@ def test_files_that_the_readme_names_exist():
     assert "tda/README.md" in named
     missing = sorted(name for name in named - {"dvc.lock"} if not (PROJECT / name).exists())  # the lock is made by a run
     assert not missing
+
+
+def test_the_map_of_the_code_names_every_module():
+    every = (PROJECT / "tda/README.md").read_text(encoding="utf-8").partition("## All modules")[2]
+    modules = {path.name for path in (PROJECT / "tda").glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", every)) == modules

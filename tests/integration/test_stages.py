@@ -434,7 +434,7 @@ def test_scores_are_the_same_however_few_queries_are_in_memory_at_once(toy, monk
     expected, per_query = pl.read_parquet(workspace.scores), pl.read_parquet(workspace.query_scores)
     kept = read_json(workspace.scoring, stage="scores")["projection_keeps"]
     monkeypatch.setattr("tda.scoring.QUERY_VALUES", 1)
-    monkeypatch.setattr("tda.scoring.ASKED_VALUES", asked_values)
+    monkeypatch.setattr("tda.scoring.ROW_QUERY_VALUES", asked_values)
     run_stages(config, workspace, "scores")
     scores = pl.read_parquet(workspace.scores)
     for name in (name for name in scores.columns if name.startswith("score_")):

@@ -13,7 +13,7 @@ from tda.attribute import attribute
 from tda.data import Examples
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
 from tda.fitted import Fitted, Settings
-from tda.losses import draw
+from tda.losses import sample_labels
 from tda.means import RunningMean
 from tda.methods import METHODS
 from tda.scores import ensemble
@@ -333,7 +333,7 @@ def test_eigenvalues_of_examples_with_one_position_are_those_of_formed_gradients
     )
     assert count == 12
     uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    labels = draw(model(train.x).detach().softmax(dim=1), uniform)
+    labels = sample_labels(model(train.x).detach().softmax(dim=1), uniform)
     for row in range(12):
         loss = nn.functional.cross_entropy(model(train.x[[row]]), labels[[row]])
         for name, G in dense_gradient(model, held.layers, loss).items():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tda.compression import (
+from benchmarks.compression import (
     MOST_BITS,
     Quantiser,
     allotted_bits,

@@ -99,7 +99,7 @@ def test_covariances_merge_and_do_not_depend_on_batches():
     merged = single[0]
     for part in single[1:]:
         merged = merged.add_(part)
-    assert merged.num_tokens == whole.num_tokens == int((documents.lengths - 1).sum())
+    assert merged.count == whole.count == int((documents.lengths - 1).sum())
     for name, A in whole.A.items():  # inputs do not depend on the labels; pseudo-gradients of sampled labels do
         torch.testing.assert_close(A, merged.A[name])
 

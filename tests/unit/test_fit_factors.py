@@ -114,12 +114,12 @@ def test_packed_documents_have_the_curvature_of_padded_ones(build, fill_to):
         nonlocal basis
         plain = covariances(model, layers, [batch], **given())
         projected = covariances(model, layers, [batch], projections=projections, **given())
-        basis = basis or eigenbasis(Covariances(dict(plain.A), dict(plain.S), plain.num_tokens), layers)  # which uses them up
+        basis = basis or eigenbasis(Covariances(dict(plain.A), dict(plain.S), plain.count), layers)  # which uses them up
         Lambda, count = corrected_eigenvalues(model, layers, [batch], basis=basis, **given())
         scaled, _ = scaled_factors(model, layers, [batch], root_P=root_P, basis=None, **given())
         _, scaled_Lambda = scaled_factors(model, layers, [batch], root_P=root_P, basis=basis, **given())
         numbers = [plain.A, plain.S, projected.A, projected.S, Lambda, scaled.A, scaled.S, scaled_Lambda]
-        return numbers, (plain.num_tokens, projected.num_tokens, count, scaled.num_tokens)
+        return numbers, (plain.count, projected.count, count, scaled.count)
 
     expected, counts = passes(documents.batch(ROWS))
     with within_documents(model):
@@ -132,7 +132,7 @@ def test_packed_documents_have_the_curvature_of_padded_ones(build, fill_to):
 def test_factors_of_packed_documents_are_as_near_as_other_draws_of_labels(monkeypatch):
     """Packed batches hold documents in another order, so that other labels are drawn; with true ones both agree."""
     model, documents = tiny_llama(), random_documents(12)
-    monkeypatch.setattr("tda.losses.draw", lambda p, uniform: p.argmax(dim=1))
+    monkeypatch.setattr("tda.losses.sample_labels", lambda p, uniform: p.argmax(dim=1))
     padded, packed = fit(model, documents), fit(model, documents, packed=True)
     for name, expected in padded.plain.items():
         torch.testing.assert_close(packed.plain[name].Lambda, expected.Lambda)

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from tda import readers
-from tda.ingest import Document, Fields, Reading, content_hash, read_documents
+from tda.ingest import Document, Fields, Reading, content_hash, part_of, read_documents
 
 FIELDS = Fields(id="id", source="source", part="part")
 PAIR = Fields(prompt="question", completion="answer")
@@ -273,3 +273,8 @@ def test_a_data_set_of_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"text": "from afar"}]))
     assert [(one.source, one.text) for one in read("hub:some/set").documents] == [("set", "from afar")]
+
+
+@pytest.mark.parametrize(("named", "source", "part"), [("", "a", "general"), ("", "b", "mixed"), ("mixed", "a", "mixed")])
+def test_the_part_that_a_document_names_counts_before_its_source(named, source, part):
+    assert part_of(Document("1", source, "text", part=named), ["a"]) == part

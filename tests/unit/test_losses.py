@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from tda.losses import ROWS_ON_CPU, document_costs, document_losses, draw, head_losses, logit_losses
+from tda.losses import ROWS_ON_CPU, document_costs, document_losses, head_losses, logit_losses, sample_labels
 from tda.model import plain_head
 from tests.helpers import document_loss, random_documents, tiny_gpt2, tiny_llama
 
@@ -134,8 +134,8 @@ def test_margins_and_log_probabilities_are_costs():
 
 def test_drawn_labels_follow_the_probabilities():
     p = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
-    labels = draw(p.expand(20_000, 6), torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    labels = sample_labels(p.expand(20_000, 6), torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
     share = labels.bincount(minlength=6) / len(labels)
     assert torch.all((share - p).abs() <= 4 * (p * (1 - p) / len(labels)).sqrt())  # four standard errors
-    ends = draw(p.expand(2, 6), torch.tensor([0.0, 1 - 2**-24]))
+    ends = sample_labels(p.expand(2, 6), torch.tensor([0.0, 1 - 2**-24]))
     assert ends.tolist() == [1, 4]

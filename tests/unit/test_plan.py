@@ -18,8 +18,9 @@ from tda.cli import FAILED, OK, USAGE, main
 from tda.config import Config
 from tda.data import load_documents
 from tda.dynamics import load_exposure, load_segments
+from tda.estimates import estimates, expected_run
 from tda.expected_corpus import Corpus, expected_corpus
-from tda.plan import cache_bytes, clock, estimates, expected_run, make_plan, render, size, warnings
+from tda.plan import cache_bytes, clock, make_plan, render, size, warnings
 from tests.toy import toy_config, toy_values, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 
 from tda.segments import document_exposure, effective_learning_rates, make_segments, segment_ends
-from tda.train import Step, Taken, read_trajectory
+from tda.train import Step, StepResult, trajectory_table
 
 
 def trajectory(rows: list[list[int]], rates: list[float], scale: float = 1.0):
-    return read_trajectory([
-        Taken(Step(number + 1, 0, held, rate), 1.0, scale) for number, (held, rate) in enumerate(zip(rows, rates, strict=True))
+    return trajectory_table([
+        StepResult(Step(number + 1, 0, held, rate), 1.0, scale)
+        for number, (held, rate) in enumerate(zip(rows, rates, strict=True))
     ])
 
 

@@ -17,7 +17,7 @@ from tda.preconditioner import DiagonalCurvature, scalar
 from tda.segments import Segment
 from tda.task import CausalLM, Classification
 from tda.trajectory import averaged
-from tda.trak import Sketch, features, trak_scores
+from tda.trak import CountSketch, features, trak_scores
 from tests.helpers import random_documents, tiny_gpt2, tiny_llama
 from tests.unit.test_attribute import gradient, setting
 from tests.unit.test_ekfac import dense, some_factors
@@ -349,7 +349,7 @@ def test_fast_source_is_source_at_the_averages():
 
 def test_a_sketch_is_a_linear_map_that_keeps_dot_products_on_average():
     some = torch.randn(2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = [Sketch.draw(40, size=16, seed=seed, like=torch.zeros(0, dtype=torch.float64)) for seed in range(3000)]
+    draws = [CountSketch.draw(40, size=16, seed=seed, like=torch.zeros(0, dtype=torch.float64)) for seed in range(3000)]
     P = draws[0].apply(torch.eye(40, dtype=torch.float64))
     torch.testing.assert_close(draws[0].apply(some), some @ P)
     assert ((P != 0).sum(dim=1) == 1).all()
@@ -363,7 +363,7 @@ def test_trak_is_the_paper_with_dense_matrices(kind):
     chosen = {"num_segments": 2, "projection_size": 6}
     held = Fitted(run, task, train, queries, Settings.of(**chosen))
     model, q = run.at(-1), pack(held.query_gradients, held.layers)
-    P = Sketch.draw(q.shape[1], size=6, seed=0, like=q).apply(torch.eye(q.shape[1], dtype=q.dtype))
+    P = CountSketch.draw(q.shape[1], size=6, seed=0, like=q).apply(torch.eye(q.shape[1], dtype=q.dtype))
     Phi, Q = [], []
     for row in range(12):
         batch = train.batch([row])
@@ -401,7 +401,7 @@ def test_trak_is_exact_on_a_linear_model_of_few_weights():
 def test_features_do_not_depend_on_the_batch():
     model, documents = tiny_gpt2(), random_documents(4)
     layers = tracked_layers(model)
-    sketch = Sketch.draw(
+    sketch = CountSketch.draw(
         sum(layer.d_in * layer.d_out for layer in layers), size=5, seed=0, like=torch.zeros(0, dtype=torch.float64)
     )
     together = features(model, layers, documents.batch(range(4)), task=CausalLM(), sketch=sketch)

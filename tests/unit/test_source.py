@@ -56,7 +56,7 @@ def test_pipeline_equals_dense_matrices_on_a_language_model():
         dynamics,
         held,
         exposure=exposure,
-        dot=lambda _segment, checkpoint, u: (rows[checkpoint] @ project_queries(u, layers, eye).T).numpy(),
+        dot=lambda checkpoint, u: (rows[checkpoint] @ project_queries(u, layers, eye).T).numpy(),
     )
 
     expected = torch.zeros(len(order), 6, dtype=torch.float64)

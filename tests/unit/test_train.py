@@ -9,18 +9,18 @@ from tda.checkpoints import architecture_digest, load_checkpoint
 from tda.config import Train, load_config
 from tda.model import load_model
 from tda.train import (
-    Taken,
+    StepResult,
     checkpoint_steps,
     learning_rates,
     make_optimizer,
     mean_loss,
     optimizer_state,
-    read_trajectory,
     resume,
     save_checkpoint,
     schedule,
     stage_lengths,
     train,
+    trajectory_table,
 )
 from tests.helpers import document_loss, random_documents, tiny_llama, with_adapter
 
@@ -136,7 +136,7 @@ def test_mean_loss_is_over_all_tokens():
 def test_trajectory_records_batches_and_rates():
     documents = random_documents(6)
     steps = schedule(documents, recipe(), seed=0, lengths=[1, 2])
-    table = read_trajectory([Taken(step, 1.5, 0.5) for step in steps])
+    table = trajectory_table([StepResult(step, 1.5, 0.5) for step in steps])
     assert table["documents"].to_list() == [step.rows for step in steps]
     assert table["stage"].to_list() == [0, 1, 1]
     assert table["gradient_scale"].to_list() == [0.5] * 3
