@@ -149,8 +149,7 @@ def fit_factors(
         room: bytes that factors may take at once; by default most of what is free.
         fitted: if not, only layers and projections are determined, and the factors are left to `row_curvature`.
 
-    Raises:
-        ValueError: a layer, or layers that share an input, whose factors alone take more memory than there is.
+    Layers that share an input, or one alone, whose factors take more memory than there is are refused with ValueError.
     """
     model = OneModel(load, device)
     layers = tracked_layers(

@@ -182,7 +182,7 @@ class Recorder:
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
         """Record an optimizer step on the training rows numbered `rows`. Call it before a scheduler changes the learning rate."""
         self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
-        self._batches.append(np.array([int(row) for row in rows], dtype=np.int64))
+        self._batches.append(torch.as_tensor(rows).cpu().numpy().astype(np.int64))
         self._mean.add()
         if len(self._batches) in self._at:
             self._checkpoints.append(
