@@ -125,7 +125,7 @@ def too_few_checkpoints(recipe: Train, there: int) -> str:
     if there >= len(recipe.checkpoints):
         return ""
     return (
-        f"train.run: {recipe.run} has {there} checkpoints, {len(recipe.checkpoints)} are asked for; set train.checkpoints to "
+        f"train.run: {recipe.run} has {there} of the {len(recipe.checkpoints)} checkpoints that are asked for; set train.checkpoints to "
         f"{list(range(there))}"
     )
 

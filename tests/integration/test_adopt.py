@@ -416,7 +416,7 @@ def other_architecture(output: Path) -> None:
     [
         (remove_output, FileNotFoundError, r"train\.run: no folder .*output"),
         (remove_checkpoints, FileNotFoundError, r"train\.run: .* has no checkpoint-\* folder"),
-        (keep_two, FileNotFoundError, r"has 2 checkpoints, 4 are asked for; set train\.checkpoints to \[0, 1\]"),
+        (keep_two, FileNotFoundError, r"has 2 of the 4 checkpoints that are asked for; set train\.checkpoints to \[0, 1\]"),
         (cut_weights, FileNotFoundError, "checkpoint-24: no causal language model could be loaded"),
         (cut_optimizer, FileNotFoundError, r"optimizer\.pt cannot be read"),
         (drop_a_parameter, ValueError, r"is for \d+ parameters, the model has \d+"),
