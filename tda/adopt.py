@@ -125,8 +125,8 @@ def too_few_checkpoints(recipe: Train, there: int) -> str:
     if there >= len(recipe.checkpoints):
         return ""
     return (
-        f"train.run: {recipe.run} has {there} of the {len(recipe.checkpoints)} checkpoints that are asked for; set train.checkpoints to "
-        f"{list(range(there))}"
+        f"train.run: {recipe.run} has {there} of the {len(recipe.checkpoints)} checkpoints that are asked for; set "
+        f"train.checkpoints to {list(range(there))}"
     )
 
 

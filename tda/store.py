@@ -547,16 +547,6 @@ def table_checkpoint(name: str) -> int:
     return int(name.split("_")[1])
 
 
-def is_unfinished(store: Path, name: str) -> bool:
-    """Whether the table has rows, and was written to since it was last sealed."""
-    import lance
-
-    if not _is_table(table_path(store, name)):
-        return False
-    dataset = lance.dataset(table_path(store, name))
-    return dataset.count_rows() > 0 and dataset.version not in {tag["version"] for tag in dataset.tags.list().values()}
-
-
 def drop_table(store: Path, name: str, *, dry_run: bool) -> int:
     """Bytes freed by removing table `name`."""
     sketches = _sketches(store, name)

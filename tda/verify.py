@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tda import store
-from tda.artifacts import Workspace, only_run, read_table
+from tda.artifacts import Workspace, only_run, read_json, read_table
 
 NEEDED = ("table", "tag", "rows", "dim", "dtype", "digest", "documents", "fingerprint", "identity", "checkpoint", "segment")
 
@@ -19,7 +19,18 @@ def verify(workspace: Workspace) -> list[str]:
         return [f"{_folder(workspace)} holds no manifest, so there is nothing to check; run `dvc repro`"]
     table = read_table(workspace.documents, stage="prepare", columns=["id", "content_hash"])
     documents = list(zip(table["id"].to_list(), table["content_hash"].to_list(), strict=True))
-    return [problem for path in paths for problem in _problems(workspace, path, documents)]
+    missing = [
+        f"{workspace.gradients(checkpoint)} is missing, and so are the rows of checkpoint {checkpoint}; run `dvc checkout`, or "
+        f"`dvc repro gradients@{checkpoint}`"
+        for checkpoint in _without_manifest(workspace, paths)
+    ]
+    return [*missing, *(problem for path in paths for problem in _problems(workspace, path, documents))]
+
+
+def _without_manifest(workspace: Workspace, paths: list[Path]) -> list[int]:
+    """The checkpoints of the run that have none."""
+    steps = read_json(workspace.training, stage="train")["checkpoint_steps"]
+    return sorted(set(range(len(steps))) - {int(path.stem) for path in paths})
 
 
 def _problems(workspace: Workspace, path: Path, documents: list[tuple[str, str]]) -> Iterator[str]:
@@ -45,10 +56,10 @@ def _problems(workspace: Workspace, path: Path, documents: list[tuple[str, str]]
 def collect_garbage(workspace: Workspace, dry_run: bool = False) -> list[str]:
     """Remove from the store what no manifest needs. Returns a line for each thing removed, or with `dry_run` to be removed.
 
-    Kept are the tables and tags that a manifest in the workspace names, and unfinished work, which is rows of a checkpoint
-    without a manifest. Rows of other commits of the repository are removed; `dvc repro --force gradients@C` makes them again,
-    and the next audit makes its own tags again. While a gradients stage runs or an audit adds documents, nothing is removed
-    (RuntimeError).
+    Kept are the tables and tags that a manifest in the workspace names, and all of a checkpoint of the run that has no manifest:
+    work is unfinished there, or DVC can bring the manifest back. Rows of other commits of the repository are removed; `dvc repro
+    --force gradients@C` makes them again, and the next audit makes its own tags again. While a gradients stage runs or an audit
+    adds documents, nothing is removed (RuntimeError).
 
     Raises:
         ValueError: there is no manifest, or one cannot be read, so that it is not known what is needed.
@@ -59,13 +70,16 @@ def collect_garbage(workspace: Workspace, dry_run: bool = False) -> list[str]:
     with contextlib.ExitStack() as held:
         for lock in sorted(locks):
             held.enter_context(only_run(lock))
-        manifests = [_manifest(path) for path in manifest_paths(workspace)]
+        paths = manifest_paths(workspace)
+        manifests = [_manifest(path) for path in paths]
         if not manifests:
             raise ValueError(
                 f"{_folder(workspace)} holds no manifest, so every table would go; run `dvc repro` or `dvc checkout` first, "
                 f"or delete {workspace.store} to start afresh"
             )
-        return [line for name in names for line in _collect(workspace, name, manifests, dry_run=dry_run)]
+        waiting = _without_manifest(workspace, paths)
+        settled = [name for name in names if store.table_checkpoint(name) not in waiting]
+        return [line for name in settled for line in _collect(workspace, name, manifests, dry_run=dry_run)]
 
 
 def _collect(workspace: Workspace, name: str, manifests: list[dict[str, Any]], *, dry_run: bool) -> Iterator[str]:
@@ -75,9 +89,6 @@ def _collect(workspace: Workspace, name: str, manifests: list[dict[str, Any]], *
         stale, num_bytes = store.prune(workspace.store, name, keep_tags=tags, dry_run=dry_run)
         if stale or num_bytes:
             yield f"{done} {', '.join(stale) or 'untagged versions'} of {name}: {num_bytes} bytes"
-        return
-    checkpoint = store.table_checkpoint(name)
-    if checkpoint not in {manifest["checkpoint"] for manifest in manifests} and store.is_unfinished(workspace.store, name):
         return
     yield f"{done} {name}: {store.drop_table(workspace.store, name, dry_run=dry_run)} bytes"
 

@@ -33,6 +33,7 @@ def write_rows(workspace: Workspace, checkpoint: int, *, version: int = 0, seal:
 def workspace(tmp_path) -> Workspace:
     made = Workspace(tmp_path)
     write_documents(made, IDS)
+    write_json(made.training, {"checkpoint_steps": [10, 20]})
     for checkpoint in (0, 1):
         write_rows(made, checkpoint)
     return made
@@ -139,6 +140,14 @@ def test_a_changed_manifest_is_found(workspace):
     assert "2.json is not JSON" in problems[2]
 
 
+def test_a_checkpoint_without_a_manifest_is_found(workspace):
+    workspace.gradients(1).unlink()
+    (problem,) = verify(workspace)
+    assert problem.endswith(
+        "1.json is missing, and so are the rows of checkpoint 1; run `dvc checkout`, or `dvc repro gradients@1`"
+    )
+
+
 def test_no_manifest_is_a_problem(tmp_path):
     (problem,) = verify(Workspace(tmp_path))
     assert "holds no manifest" in problem
@@ -179,11 +188,12 @@ def test_what_no_manifest_names_is_removed_and_the_rest_stays(workspace):
     assert collect_garbage(workspace) == []
 
 
-def test_unfinished_rows_stay_and_abandoned_ones_go(workspace):
-    unfinished = write_rows(workspace, 7, seal=False)["table"]  # its manifest is still to come
+def test_rows_whose_manifest_is_to_come_stay_and_abandoned_ones_go(workspace):
+    write_json(workspace.training, {"checkpoint_steps": [10, 20, 30]})
+    unfinished = write_rows(workspace, 2, seal=False)["table"]
     abandoned = write_rows(workspace, 0, weights="w1", seal=False)["table"]  # its checkpoint has a manifest of other rows
-    (line,) = collect_garbage(workspace)
-    assert line.startswith(f"removed {abandoned}: ")
+    beyond = write_rows(workspace, 7, seal=False)["table"]  # the run has no such checkpoint any more
+    assert [line.split(": ")[0] for line in collect_garbage(workspace)] == [f"removed {abandoned}", f"removed {beyond}"]
     assert table_path(workspace.store, unfinished).exists()
     assert not table_path(workspace.store, abandoned).exists()
 
@@ -196,8 +206,14 @@ def test_rows_written_since_the_last_seal_stay(workspace):
     assert again.present().keys() == {*IDS, "new"}
 
 
-def test_a_sealed_table_whose_manifest_is_gone_goes(workspace):
+def test_a_sealed_table_whose_manifest_is_gone_stays_while_the_run_has_its_checkpoint(workspace):
+    manifest = manifest_of(workspace, 1)
     workspace.gradients(1).unlink()
+    assert collect_garbage(workspace) == []
+    write_json(workspace.gradients(1), manifest)
+    assert verify(workspace) == []
+    workspace.gradients(1).unlink()
+    write_json(workspace.training, {"checkpoint_steps": [10]})
     (line,) = collect_garbage(workspace)
     assert line.startswith("removed gradients_1_")
     assert verify(workspace) == []
