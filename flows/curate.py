@@ -132,16 +132,21 @@ def _verdict_text(verdict: dict, workspace: Workspace) -> str:
     outcome = "Accepted" if verdict["accepted"] else "Rejected"
     return (
         f"# {outcome}\n\n{verdict['summary']}\n\n**Rule.** {verdict['rule']}\n\n"
-        f"**To reproduce.** Commit `{_commit(workspace.root)}`, then `make run`.\n\n**Report.** `{workspace.report.resolve()}`\n"
+        f"**To reproduce.** {_how_to_reproduce(workspace.root)}\n\n**Report.** `{workspace.report.resolve()}`\n"
     )
 
 
-def _commit(root: Path) -> str:
-    """The commit checked out at `root`, marked if files differ from it."""
+def _how_to_reproduce(root: Path) -> str:
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or "none: not a git repository"
+    commit = found.stdout.strip()
+    if not commit:
+        return "Put this folder under git: a run is reproduced from the commit that has its params.yaml and dvc.lock."
+    if commit.endswith("-dirty"):
+        changed = f"Commit what changed since `{commit.removesuffix('-dirty')}`, params.yaml and dvc.lock at least"
+        return f"{changed}; then `git checkout` that commit, and `make run`."
+    return f"`git checkout {commit}`, then `make run`."
 
 
 def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:

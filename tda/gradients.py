@@ -132,7 +132,7 @@ def check_apart(model: nn.Module, layers: Sequence[Layer], batch: Batch | Tensor
         if (Ds[1:].abs() > 0).any():  # what is no number says nothing
             mixed.append(layer.name)
 
-    first = torch.eye(len(batch.rows), device=batch.sizes.device)[0]
+    first = (torch.arange(len(batch.rows)) == 0).float().to(batch.sizes.device)
     with captured(model, layers, encode=lambda _layer, _a: None, consume=look):
         task.losses(model, batch, weights=first)[0].backward()
     if mixed:

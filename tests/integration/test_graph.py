@@ -241,6 +241,25 @@ def test_a_file_that_dvc_tracks_is_a_stage_too(toy):
     assert graph.is_clean(toy)
 
 
+def test_own_data_are_versioned_by_dvc_and_ignored_by_git(tmp_path):
+    for file in (".gitignore", ".dvcignore", "inputs/.gitignore", "inputs/README.md"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / file, tmp_path / file)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    dvc(tmp_path, "init", "--quiet")
+    (tmp_path / "inputs" / "model").mkdir()
+    for file in ("inputs/rows.jsonl", "inputs/other.jsonl", "inputs/model/config.json"):
+        (tmp_path / file).write_text("{}")
+    dvc(tmp_path, "add", "inputs/rows.jsonl", "inputs/model")
+    new = subprocess.run(
+        ["git", "ls-files", "--others", "--exclude-standard"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert {file for file in new.stdout.split() if not file.startswith(".dvc")} == {"inputs/rows.jsonl.dvc", "inputs/model.dvc"}
+    assert set(graph.load_graph(tmp_path)) == {"inputs/rows.jsonl.dvc", "inputs/model.dvc"}
+
+
 def test_walking_the_graph_leaves_the_same_lock_as_dvc_repro(toy, tmp_path_factory):
     twin = tmp_path_factory.mktemp("twin") / "toy"
     shutil.copytree(toy, twin)
