@@ -89,16 +89,14 @@ def schedule_without(run: Run, rows: np.ndarray, *, seed: int) -> tuple[list[np.
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer, *, rate: float = 0.0) -> torch.optim.Optimizer:
-    """Torch's optimizer of those settings, all parameters in one group."""
+    """Torch's optimizer of those settings."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(settings.decay(name), []).append(parameter)
+    decayed = [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
     if settings.kind == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
+        return torch.optim.SGD(decayed, lr=rate, momentum=settings.momentum)
+    return torch.optim.AdamW(decayed, lr=rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
 
 
 def take_step(

@@ -37,7 +37,7 @@ PullBack = Callable[[State], Weights]
 def sgd_step(state: State, G: Weights, rate: float, number: int, optimizer: Optimizer) -> State:
     """`torch.optim.SGD`, operation for operation: v' = momentum v + (G + decay x), x' = x - rate v'."""
     velocity = {
-        name: (state.first[name] * optimizer.momentum).add_(g.add(state.weights[name], alpha=optimizer.weight_decay))
+        name: (state.first[name] * optimizer.momentum).add_(g.add(state.weights[name], alpha=optimizer.decay(name)))
         for name, g in G.items()
     }
     return State({name: state.weights[name].add(velocity[name], alpha=-rate) for name in G}, velocity, {})
@@ -52,7 +52,7 @@ def sgd_pull_back(after: State, G: Weights, rate: float, number: int, optimizer:
     def pull_back(q: State) -> Weights:
         g = {name: q.first[name].add(q.weights[name], alpha=-rate) for name in G}
         for name in G:
-            q.weights[name].add_(g[name], alpha=optimizer.weight_decay)
+            q.weights[name].add_(g[name], alpha=optimizer.decay(name))
             torch.mul(g[name], optimizer.momentum, out=q.first[name])
         return g
 
@@ -65,7 +65,7 @@ def adamw_step(state: State, G: Weights, rate: float, number: int, optimizer: Op
     first = {name: state.first[name].lerp(g, 1 - optimizer.beta1) for name, g in G.items()}
     second = {name: (state.second[name] * optimizer.beta2).addcmul_(g, g, value=1 - optimizer.beta2) for name, g in G.items()}
     weights = {
-        name: (state.weights[name] * (1 - rate * optimizer.weight_decay)).addcdiv_(
+        name: (state.weights[name] * (1 - rate * optimizer.decay(name))).addcdiv_(
             first[name], _denominator(second[name], correction2, optimizer), value=-rate / correction1
         )
         for name in G
@@ -98,7 +98,7 @@ def adamw_pull_back(after: State, G: Weights, rate: float, number: int, optimize
             g[name].addcmul_(q.second[name], G[name], value=2 * (1 - optimizer.beta2))
             q.first[name].mul_(optimizer.beta1)
             q.second[name].mul_(optimizer.beta2)
-            q.weights[name].mul_(1 - rate * optimizer.weight_decay)
+            q.weights[name].mul_(1 - rate * optimizer.decay(name))
         return g
 
     return pull_back

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tda.losses import at_least_float32
 from tda.means import RunningMean
-from tda.model import freeze
+from tda.model import freeze, linear_modules, parameter_name
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Optimizer:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    undecayed: frozenset[str] = frozenset()  # names of parameters without weight decay, as biases and norms often are
+
+    def decay(self, name: str) -> float:
+        """The weight decay of a parameter."""
+        return 0.0 if name in self.undecayed else self.weight_decay
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class Recorder:
             raise ValueError(f"recorder: {num_checkpoints} checkpoints of {num_steps} steps; expected from 1 to {num_steps}")
         self._model = model
         self._optimizer = optimizer
-        self._settings = _settings(optimizer)
+        self._settings = _settings(optimizer, model)
         self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
         every, trained = model.named_parameters(remove_duplicate=False), self._trained()
         self._frozen = {name for name, one in every if not one.requires_grad and id(one) not in trained}
@@ -228,9 +233,9 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:
+def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
     groups = optimizer.param_groups
-    for key in ("lr", "weight_decay", "momentum", "betas", "eps"):
+    for key in ("lr", "momentum", "betas", "eps"):
         values = {group[key] for group in groups if key in group}
         if len(values) > 1:
             raise ValueError(f"recorder: parameter groups differ in {key}: {sorted(values)}; expected one value for all of them")
@@ -238,9 +243,25 @@ def _settings(optimizer: torch.optim.Optimizer) -> Optimizer:
     unknown = [key for key in ("nesterov", "dampening", "amsgrad", "maximize") if group.get(key)]
     if unknown:
         raise ValueError(f"recorder: the optimizer sets {', '.join(unknown)}, which no method here knows; leave it off")
+    decay, undecayed = _decay(groups, model)
     if isinstance(optimizer, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
-        return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=float(group["weight_decay"]))
+        return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=decay, undecayed=undecayed)
     if type(optimizer) is torch.optim.SGD:
-        return Optimizer("sgd", momentum=float(group["momentum"]), weight_decay=float(group["weight_decay"]))
+        return Optimizer("sgd", momentum=float(group["momentum"]), weight_decay=decay, undecayed=undecayed)
     raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")
+
+
+def _decay(groups: Sequence[dict], model: nn.Module) -> tuple[float, frozenset[str]]:
+    """The weight decay, and the names of the parameters without; the weights of all layers that methods follow have the same."""
+    decays = {id(parameter): float(group.get("weight_decay", 0)) for group in groups for parameter in group["params"]}
+    decay = max(decays.values())
+    undecayed = {name for name, parameter in model.named_parameters() if decays.get(id(parameter)) == 0 < decay}
+    followed = sorted(undecayed & {parameter_name(layer, "weight") for layer in linear_modules(model)})
+    if followed or not set(decays.values()) <= {0, decay}:
+        raise ValueError(
+            f"recorder: parameter groups differ in weight_decay: {sorted(set(decays.values()))}, 0 for "
+            f"{', '.join(followed[:3]) or 'no weight of a layer'}; expected one value, and 0 for none but biases, norms and "
+            "embeddings"
+        )
+    return decay, frozenset(undecayed)

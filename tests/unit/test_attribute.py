@@ -307,6 +307,11 @@ def test_a_recorder_refuses_what_no_method_knows():
     groups = [{"params": [parameter], "weight_decay": 0.1 * number} for number, parameter in enumerate(model.parameters())]
     with pytest.raises(ValueError, match="parameter groups differ in weight_decay"):
         Recorder(model, torch.optim.AdamW(groups), num_steps=6)
+    groups = [{"params": [one], "weight_decay": 0.1 * (one is not model[0].weight)} for one in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"differ in weight_decay: \[0\.0, 0\.1\], 0 for 0\.weight; expected one value, and 0 for"
+    ):
+        Recorder(model, torch.optim.AdamW(groups), num_steps=6)
     with pytest.raises(ValueError, match="7 checkpoints of 6 steps"):
         Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=6, num_checkpoints=7)
     recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), num_steps=6, num_checkpoints=2)

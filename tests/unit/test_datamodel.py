@@ -14,12 +14,12 @@ from torch import nn
 
 from tda.attribute import attribute
 from tda.bank_training import Job, initial_model, recipe_optimizer, retrained_by_recipe, schedule, train_one
-from tda.counterfactual import AVERAGED, query_costs, retrained, schedule_without
+from tda.counterfactual import AVERAGED, make_optimizer, query_costs, retrained, schedule_without
 from tda.data import Examples
 from tda.datamodel import DEVIATIONS, SPREADS, half_signs, posterior
 from tda.make_bank import half_subsets
 from tda.task import Classification
-from tda.trajectory import Recorder
+from tda.trajectory import Optimizer, Recorder
 from tests.banks import data_for, recipe
 from tests.unit.test_attribute import setting
 
@@ -274,3 +274,10 @@ def test_refusals():
 
     with pytest.raises(ValueError, match=r"4 of 4 retrainings give costs that are not finite"):
         attribute("datamodel", run, task, train, queries, retrainings=4, prior="gradient_dot", retrain=broken)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_retraining_decays_what_the_run_decayed(kind):
+    model = nn.Linear(2, 3)
+    groups = make_optimizer(model, Optimizer(kind, weight_decay=0.5, undecayed=frozenset({"bias"}))).param_groups
+    assert [(group["params"], group["weight_decay"]) for group in groups] == [([model.weight], 0.5), ([model.bias], 0.0)]

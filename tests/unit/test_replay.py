@@ -26,8 +26,16 @@ OPTIMIZERS = {
     "sgd with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.0),
     "sgd with momentum and decay": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.8, weight_decay=0.1),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0),
+    "sgd with decay but for biases": lambda parameters: torch.optim.SGD(but_vectors(parameters, 0.1), lr=0.05, momentum=0.8),
+    "adamw with decay but for biases": lambda parameters: torch.optim.AdamW(but_vectors(parameters, 0.5), lr=0.02, eps=1e-3),
     "adamw with decay": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.5),
 }
+
+
+def but_vectors(parameters: list[nn.Parameter], decay: float) -> list[dict]:
+    """Groups as most training loops have them."""
+    matrices, vectors = ([one for one in parameters if (one.ndim > 1) is wide] for wide in (True, False))
+    return [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": decay}]
 
 
 def network(seed: int = 0, *, activation: type[nn.Module] = nn.Tanh) -> nn.Module:
@@ -99,14 +107,15 @@ def unrolled(run: Run, data: Examples, queries: Examples, task: Task) -> Tensor:
         losses = F.cross_entropy(functional_call(run.model, x, (data.x[rows],)), data.y[rows], reduction="none")
         loss = (w[rows] * losses).mean()
         for (name, value), g in zip(x.items(), torch.autograd.grad(loss, list(x.values()), create_graph=True), strict=True):
+            decay = 0.0 if value.ndim == 1 and o.undecayed else o.weight_decay
             if o.kind == "sgd":
-                m[name] = o.momentum * m[name] + g + o.weight_decay * value
+                m[name] = o.momentum * m[name] + g + decay * value
                 x[name] = value - rate * m[name]
             else:
                 m[name] = o.beta1 * m[name] + (1 - o.beta1) * g
                 v[name] = o.beta2 * v[name] + (1 - o.beta2) * g**2
                 m_hat, v_hat = m[name] / (1 - o.beta1**t), v[name] / (1 - o.beta2**t)
-                x[name] = value - rate * (m_hat / (v_hat.sqrt() + o.epsilon) + o.weight_decay * value)
+                x[name] = value - rate * (m_hat / (v_hat.sqrt() + o.epsilon) + decay * value)
     class_logits = functional_call(run.model, x, (queries.x,)).log_softmax(dim=1)
     p = class_logits.gather(1, queries.y[:, None])[:, 0].exp()
     costs = -torch.log(p / (1 - p))
