@@ -122,7 +122,7 @@ def _on_cpu(blocks: list[Block], read: Read, keep: Keep, columns: Tensor, table:
             free.put(buffer)
 
     free: queue.Queue[Tensor] = queue.Queue()
-    for _ in range(min(READS + threads, len(blocks))):
+    for _ in range(min(READS + 2 * threads, len(blocks))):  # read, being multiplied, and waiting for that
         free.put(table.buffer(size))
     with (
         ThreadPoolExecutor(READS) as readers,
