@@ -9,8 +9,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export DO_NOT_TRACK := 1
 
-# A process per core, each of one thread.
-TESTS := OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile
+# A process per core, each of one thread; no more than eight, for the memory that each takes.
+TESTS := OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 # The first Python that fits and can make an environment; PYTHON=... chooses another.
 FIND_PYTHON = for name in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
