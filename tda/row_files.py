@@ -19,7 +19,9 @@ import numpy as np
 
 from tda.usage import free_memory
 
-DISK_BLOCK = 4096  # bytes; where reads past the cache begin and end, a multiple of what any disk asks for
+DISK_BLOCK = (
+    4096  # bytes; where reads past the cache begin and end, in the file and in memory: a multiple of what any disk asks for
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RowFiles:
             extent = self._extents[np.searchsorted(self._firsts, start + done, side="right") - 1]
             inside = start + done - extent.first
             rows = min(extent.num_rows - inside, len(out) - done)
-            self._read_whole(extent, inside * self._row_bytes, memoryview(out[done : done + rows]).cast("B"))
+            self._read_whole(extent, inside * self._row_bytes, out[done : done + rows])
             done += rows
 
     def _open(self, path: Path) -> int:
@@ -79,9 +81,10 @@ class RowFiles:
                 self._past_cache = False  # a file system that has no such reads
         return os.open(path, os.O_RDONLY)
 
-    def _read_whole(self, extent: Extent, offset: int, into: memoryview) -> None:
-        start = extent.offset + offset
-        if not self._past_cache:
+    def _read_whole(self, extent: Extent, offset: int, rows: np.ndarray) -> None:
+        start, into = extent.offset + offset, memoryview(rows).cast("B")
+        in_blocks = all(place % DISK_BLOCK == 0 for place in (start, len(into), rows.ctypes.data))
+        if in_blocks or not self._past_cache:
             self._read(extent.path, start, into, needed=len(into))
             return
         before = start % DISK_BLOCK

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import math
+import mmap
 import re
 import shutil
 import time
@@ -290,9 +291,11 @@ class GradientTable:
             return number(self._dataset.to_table(columns=[name]), name)
 
     def buffer(self, rows: int, *, pinned: bool = False) -> Tensor:
-        """Zeros for a block of stored vectors, (rows, width)."""
-        shape = (rows, stored_width(self.dim, self.dtype))
-        return torch.zeros(shape, dtype=getattr(torch, self.dtype), pin_memory=pinned)
+        """Zeros for a block of stored vectors, (rows, width), at a page's beginning, where `RowFiles` can read to directly."""
+        shape, dtype = (rows, stored_width(self.dim, self.dtype)), getattr(torch, self.dtype)
+        if pinned:
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return torch.frombuffer(mmap.mmap(-1, rows * self.row_bytes), dtype=dtype).view(shape)
 
     @contextlib.contextmanager
     def vectors(self) -> Iterator[Callable[[np.ndarray, Tensor], None]]:

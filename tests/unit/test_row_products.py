@@ -1,4 +1,5 @@
 import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def opened_files(monkeypatch, *, refused: int = 0) -> list[int]:
     plain = os.open
     monkeypatch.setattr(row_files.os, "open", opening)
     return opened
+
+
+def test_past_the_cache_whole_blocks_of_the_disk_are_read_to_where_they_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "free_memory", lambda: 0)
+    rows = np.random.default_rng(0).integers(0, 256, (12, 2048), np.uint8)
+    (tmp_path / "rows").write_bytes(rows.tobytes())
+    out = np.frombuffer(mmap.mmap(-1, 4 * 2048), np.uint8).reshape(4, 2048)
+    with RowFiles([Extent(tmp_path / "rows", 2 * 2048, 0, 10)], row_bytes=2048) as files:
+        files.read(1, out)  # begins inside a block
+        np.testing.assert_array_equal(out, rows[3:7])
+        monkeypatch.setattr(files, "_blocks", None)
+        files.read(4, out)
+    np.testing.assert_array_equal(out, rows[6:10])
 
 
 def test_a_file_system_that_has_only_cached_reads(tmp_path, monkeypatch):
