@@ -3,8 +3,8 @@
 Lance's own reads copy each byte several times and take a core's whole time at about 1 GB/s, a plain read a fraction of it
 (benchmarks/scores_from_the_store.py). Where a file is laid out otherwise there are no extents, and Lance reads as before.
 
-Rows that memory has no room to keep are read past the system's cache of files (O_DIRECT of
-open(2)): a third of the processor's time, and what else is in the cache stays there.
+Rows that memory has no room to keep are read past the system's cache of files (O_DIRECT of open(2)), which takes a third of the
+processor time or less, and leaves in the cache what else is there.
 """
 
 import errno
@@ -19,9 +19,7 @@ import numpy as np
 
 from tda.usage import free_memory
 
-DISK_BLOCK = (
-    4096  # bytes; where reads past the cache begin and end, in the file and in memory: a multiple of what any disk asks for
-)
+DISK_BLOCK = 4096  # bytes; reads past the cache begin and end at multiples of it, in the file and in memory, whatever the disk
 
 
 @dataclass(frozen=True)
