@@ -44,7 +44,9 @@ def load_run(folder: Path, model: nn.Module) -> Run:
         held = _load(folder / f"{index}.safetensors")
         checkpoints.append(Checkpoint(step, held["weights"], held["second_moments"], held["mean_weights"]))
     initial = _load(folder / "initial.safetensors")["weights"]
-    return Run(model, checkpoints, rates, batches, Optimizer(**about["optimizer"]), initial)
+    settings = about["optimizer"]
+    optimizer = Optimizer(**settings | {"undecayed": tuple(settings.get("undecayed", ()))})
+    return Run(model, checkpoints, rates, batches, optimizer, initial)
 
 
 def read_run_facts(folder: Path) -> dict:

@@ -25,7 +25,7 @@ class Optimizer:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
-    undecayed: frozenset[str] = frozenset()  # names of parameters without weight decay, as biases and norms often are
+    undecayed: tuple[str, ...] = ()  # names of parameters without weight decay, as biases and norms often are
 
     def decay(self, name: str) -> float:
         """The weight decay of a parameter."""
@@ -252,7 +252,7 @@ def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
     raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")
 
 
-def _decay(groups: Sequence[dict], model: nn.Module) -> tuple[float, frozenset[str]]:
+def _decay(groups: Sequence[dict], model: nn.Module) -> tuple[float, tuple[str, ...]]:
     """The weight decay, and the names of the parameters without; the weights of all layers that methods follow have the same."""
     decays = {id(parameter): float(group.get("weight_decay", 0)) for group in groups for parameter in group["params"]}
     decay = max(decays.values())
@@ -264,4 +264,4 @@ def _decay(groups: Sequence[dict], model: nn.Module) -> tuple[float, frozenset[s
             f"{', '.join(followed[:3]) or 'no weight of a layer'}; expected one value, and 0 for none but biases, norms and "
             "embeddings"
         )
-    return decay, frozenset(undecayed)
+    return decay, tuple(sorted(undecayed))

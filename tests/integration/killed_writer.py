@@ -35,8 +35,8 @@ def attempt(folder: Path, report: int) -> None:
     manifest.with_suffix(".part").replace(manifest)
 
 
-def run(folder: Path, kill_after: tuple[str, float] | None) -> tuple[list[list[str]], float, bool]:
-    """What one attempt reported, its seconds once ready, and whether it was killed: so long after the first such report."""
+def run(folder: Path, kill_after: tuple[str, int, float] | None) -> tuple[list[list[str]], float, bool]:
+    """What one attempt reported, its seconds once ready, and whether it was killed: so long after so many such reports."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -56,8 +56,8 @@ def run(folder: Path, kill_after: tuple[str, float] | None) -> tuple[list[list[s
             break
         text += piece
         ready = ready or time.monotonic()
-        if kill_after and not killed and deadline is None and kill_after[0] in text:
-            deadline = time.monotonic() + kill_after[1]
+        if kill_after and not killed and deadline is None and text.count(kill_after[0]) >= kill_after[1]:
+            deadline = time.monotonic() + kill_after[2]
     os.close(ours)
     _, status = os.waitpid(child, 0)
     assert killed or status == 0, f"the writer ended with status {status}"
@@ -69,7 +69,9 @@ def main(root: Path, seed: int) -> None:
     draw = random.Random(seed)
     lines, seconds, _ = run(root / "plain", None)
     kills, losses, committed, starts = 0, 0, 0, []
-    plan = [("R", draw.uniform(0, seconds / 3)) for _ in range(5)] + [("S", draw.uniform(0, 0.05)) for _ in range(2)] + [None]
+    commit = seconds * PER_COMMIT / len(IDS)  # seconds of one
+    plan = [("C", draw.randint(1, 4), draw.uniform(0, commit)) for _ in range(5)]  # of 30 commits
+    plan += [("S", 1, draw.uniform(0, 0.05)) for _ in range(2)] + [None]
     for kill_after in plan:
         lines, _, killed = run(root / "killed", kill_after)
         kills += killed

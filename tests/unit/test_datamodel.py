@@ -279,5 +279,5 @@ def test_refusals():
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_retraining_decays_what_the_run_decayed(kind):
     model = nn.Linear(2, 3)
-    groups = make_optimizer(model, Optimizer(kind, weight_decay=0.5, undecayed=frozenset({"bias"}))).param_groups
+    groups = make_optimizer(model, Optimizer(kind, weight_decay=0.5, undecayed=("bias",))).param_groups
     assert [(group["params"], group["weight_decay"]) for group in groups] == [([model.weight], 0.5), ([model.bias], 0.0)]

@@ -268,8 +268,8 @@ def test_a_run_of_fewer_checkpoints_than_are_asked_for_is_said(planned, tmp_path
         if number == 3:
             said = warnings(config, [], machine())
             assert said == [
-                f"train.run: {tmp_path} has 3 checkpoints, 4 are asked for; set train.checkpoints to [0, 1, 2], else stage train "
-                "refuses it"
+                f"train.run: {tmp_path} has 3 of the 4 checkpoints that are asked for; set train.checkpoints to [0, 1, 2], else "
+                "stage train refuses it"
             ]
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(json.dumps({"global_step": number}))
