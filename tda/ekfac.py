@@ -121,7 +121,7 @@ def covariances(
 
 def _accumulate(sums: dict[str, Tensor], name: str, rows: Float[Tensor, "row d"]) -> None:
     if name not in sums:
-        sums[name] = at_least_float32(rows.new_zeros(())).new_zeros(rows.shape[1], rows.shape[1])
+        sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.promote_types(rows.dtype, torch.float32))
     add_lower_products(sums[name], rows)
 
 
