@@ -85,17 +85,18 @@ def least_covariances(model: costs.Decoder, load: costs.Load) -> int:
 
 
 def least_eigenvalues(model: costs.Decoder, load: costs.Load) -> int:
-    """`least_frozen`, both sides rotated per token, 2 (d_in^2 + d_out^2), inputs once per group, and every document's gradient.
+    """`least_frozen`, every document's gradient, 2 d_in d_out per token, and both of its sides rotated.
 
-    That last is 2 d_in d_out per token. To rotate gradients instead is 2 d_in d_out (d_in + d_out) per document: less, and then
-    the bound, where documents are longer than the width of a square layer.
+    A side of width d takes 2 d^2 for every row that is rotated: tokens, for inputs once per group, or the rows of gradients
+    from that side, of which a document has as many as its other side is wide, and inputs those of all layers of the group.
     """
-    length = load.tokens / load.documents
-    inputs = {layer.group: layer.d_in**2 for layer in model.tracked}
-    by_token = sum(inputs.values()) + sum(layer.d_out**2 for layer in model.tracked)
-    by_document = sum(layer.d_in * layer.d_out * (layer.d_in + layer.d_out) for layer in model.tracked) / length
+    rotated = sum(layer.d_out**2 * min(load.tokens, load.documents * layer.d_in) for layer in model.tracked)
+    for group in {layer.group for layer in model.tracked}:
+        members = [layer for layer in model.tracked if layer.group == group]
+        rows = load.documents * sum(layer.d_out for layer in members)
+        rotated += members[0].d_in ** 2 * min(load.tokens, rows)
     gradient = sum(layer.d_in * layer.d_out for layer in model.tracked)
-    return int(least_frozen(model, load) + 2 * load.tokens * (min(by_token, by_document) + gradient))
+    return int(least_frozen(model, load) + 2 * (rotated + load.tokens * gradient))
 
 
 # counting

@@ -180,16 +180,28 @@ def _lower_product(side: int) -> int:
 
 
 def eigenvalue_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
-    """A frozen pass, both sides of every tracked layer rotated (with a `rank`: projected), and their product per document."""
-    inputs = sum((layer.d_in - layer.bias) * _kept(layer.d_in, rank) for layer in model.groups().values())
-    outputs = sum(layer.d_out * _kept(layer.d_out, rank) for layer in model.tracked)
-    products = sum(_kept(layer.d_in, rank) * _kept(layer.d_out, rank) for layer in model.tracked)
-    return frozen_pass(model, load) + 2 * load.tokens * (inputs + outputs + products)
+    """A frozen pass, both sides of every tracked layer rotated (with a `rank`: projected), and their product per document.
+
+    A side is rotated token by token, or as the rows of the documents' gradients if they are fewer. That is decided for every
+    batch: for the sum of several loads this is the most that it can be.
+    """
+    if rank:
+        return row_pass(model, load, rank=rank)
+    rotated = 0
+    for group, first in model.groups().items():
+        rows = load.documents * sum(layer.d_out for layer in model.tracked if layer.group == group)
+        rotated += first.d_in * (rows * first.d_in if rows < load.tokens else load.tokens * (first.d_in - first.bias))
+    for layer in model.tracked:
+        rotated += min(load.documents * layer.d_in, load.tokens) * layer.d_out**2
+    return frozen_pass(model, load) + 2 * (rotated + load.tokens * model.gradient)
 
 
 def row_pass(model: Decoder, load: Load, *, rank: int) -> int:
-    """As `eigenvalue_pass`: rows project both sides where it rotates them."""
-    return eigenvalue_pass(model, load, rank=rank)
+    """A frozen pass, both sides of every tracked layer projected, and their product per document."""
+    inputs = sum((layer.d_in - layer.bias) * min(rank, layer.d_in) for layer in model.groups().values())
+    outputs = sum(layer.d_out * min(rank, layer.d_out) for layer in model.tracked)
+    products = sum(min(rank, layer.d_in) * min(rank, layer.d_out) for layer in model.tracked)
+    return frozen_pass(model, load) + 2 * load.tokens * (inputs + outputs + products)
 
 
 def query_pass(model: Decoder, load: Load) -> int:

@@ -196,7 +196,8 @@ def corrected_eigenvalues(
 ) -> tuple[dict[str, Tensor], int]:
     """Sums over documents of `(Q_S^T G Q_A)^2` with sampled labels, by layer, and the number of documents.
 
-    Inputs and pseudo-gradients are rotated before they are multiplied. If `into` is given, sums are added to it.
+    Rotated are inputs and pseudo-gradients, before they are multiplied, or else the gradients, where these have fewer rows. If
+    `into` is given, sums are added to it.
     """
     parameter = next(model.parameters())
     rotations = basis_like(parameter, basis)  # costs nothing if it is there already
@@ -204,14 +205,31 @@ def corrected_eigenvalues(
         zero = at_least_float32(parameter.new_zeros(()))
         into = {name: zero.new_zeros(Q_S.shape[1], Q_A.shape[1]) for name, (Q_A, Q_S) in basis.items()}, 0
     Lambda, num_documents = into
+    outputs_of_group: dict[str, int] = {}
+    for layer in layers:
+        outputs_of_group[layer.group] = outputs_of_group.get(layer.group, 0) + layer.d_out
     batch: DocumentBatch | TensorBatch
 
-    def rotate_inputs(layer: Layer, a: Tensor) -> Tensor:
-        return encode_inputs(a.to(parameter.dtype), rotations[layer.name][0], bias=layer.bias)
+    def later(values: Tensor, Q: Tensor, other_side: int) -> bool:
+        """Whether the gradients of all documents, with `other_side` rows each, are fewer rows to rotate than `values`."""
+        return Q.shape[0] == Q.shape[1] and len(batch.rows) * other_side < values.shape[:2].numel()
 
-    def add_squares(layer: Layer, rotated: Tensor, Ds: Tensor) -> None:
+    def rotate_inputs(layer: Layer, a: Tensor) -> Tensor:
+        a, Q_A = a.to(parameter.dtype), rotations[layer.name][0]
+        if later(a, Q_A, outputs_of_group[layer.group]):
+            return append_one(a, bias=layer.bias)
+        return encode_inputs(a, Q_A, bias=layer.bias)
+
+    def add_squares(layer: Layer, inputs: Tensor, Ds: Tensor) -> None:
+        Q_A, Q_S = rotations[layer.name]
+        Ds = Ds.to(parameter.dtype)
+        still_A, still_S = later(inputs, Q_A, outputs_of_group[layer.group]), later(Ds, Q_S, layer.d_in)
         add_squared_gradients(
-            Lambda[layer.name], batch.by_document(Ds.to(parameter.dtype) @ rotations[layer.name][1]), batch.by_document(rotated)
+            Lambda[layer.name],
+            batch.by_document(Ds if still_S else Ds @ Q_S),
+            batch.by_document(inputs),
+            Q_S=Q_S if still_S else None,
+            Q_A=Q_A if still_A else None,
         )
 
     with captured(model, layers, encode=rotate_inputs, consume=add_squares):
@@ -239,19 +257,31 @@ def add_squared_gradients(
     total: Float[Tensor, "d_out d_in"],
     outputs: Float[Tensor, "document position d_out"],
     inputs: Float[Tensor, "document position d_in"],
+    *,
+    Q_S: Float[Tensor, "d_out d_out"] | None = None,
+    Q_A: Float[Tensor, "d_in d_in"] | None = None,
 ) -> None:
-    """Add the elementwise square of every document's gradient, which is the sum over positions of `outputs inputs^T`."""
-    if outputs.shape[1] == 1:  # the square of one outer product is the outer product of the squares: no gradient is formed
+    """Add the elementwise square of every document's gradient `G`, which is the sum over positions of `outputs inputs^T`.
+
+    With `Q_S` or `Q_A`, of `Q_S^T G`, `G Q_A` or `Q_S^T G Q_A`.
+    """
+    if outputs.shape[1] == 1 and Q_S is None and Q_A is None:
+        # the square of one outer product is the outer product of the squares: no gradient is formed
         total.addmm_(at_least_float32(outputs[:, 0]).square().T, at_least_float32(inputs[:, 0]).square())
     elif total.numel() < ONE_BY_ONE:
-        total += at_least_float32(outputs.mT @ inputs).square_().sum(dim=0)
+        total += at_least_float32(_gradients(outputs, inputs, Q_S, Q_A)).square_().sum(dim=0)
     elif total.device.type != "cpu":  # which has no cache for a gradient: the more of them are summed at once, the less is moved
         at_once = max(1, GRADIENTS_ON_GPU // total.numel())
         for some_outputs, some_inputs in zip(outputs.split(at_once), inputs.split(at_once), strict=True):
-            lengths = torch.linalg.vector_norm(some_outputs.mT @ some_inputs, dim=0, dtype=total.dtype)
+            lengths = torch.linalg.vector_norm(_gradients(some_outputs, some_inputs, Q_S, Q_A), dim=0, dtype=total.dtype)
             total.addcmul_(lengths, lengths)
     else:
-        G = inputs.new_empty(total.shape)
         for one_outputs, one_inputs in zip(outputs, inputs, strict=True):
-            torch.mm(one_outputs.T, one_inputs, out=G)
+            G = _gradients(one_outputs, one_inputs, Q_S, Q_A)
             total.addcmul_(G, G)
+
+
+def _gradients(outputs: Tensor, inputs: Tensor, Q_S: Tensor | None, Q_A: Tensor | None) -> Float[Tensor, "*document d_out d_in"]:
+    G = outputs.mT @ inputs
+    G = G if Q_A is None else G @ Q_A
+    return G if Q_S is None else Q_S.T @ G

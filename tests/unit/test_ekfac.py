@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +23,7 @@ from tda.preconditioner import LayerCurvature, adam_preconditioner, plain, scala
 from tda.projection import random_projections
 from tda.spectral import damped_inverse, segment_decay, segment_response
 from tda.task import CausalLM
-from tests.helpers import dense_fisher, random_documents, tiny_gpt2, tiny_llama
+from tests.helpers import CONTEXT, dense_fisher, random_documents, tiny_gpt2, tiny_llama
 from tests.unit.test_capture import doubled
 
 torch.manual_seed(0)
@@ -211,9 +213,11 @@ def test_adam_preconditioner_is_the_update_per_unit_of_gradient():
     torch.testing.assert_close(before - weight.detach(), 0.01 * P * g)
 
 
-def test_scaled_factors_with_unit_scale_are_the_plain_ones():
+@pytest.mark.parametrize("length", [2, 5, 8, 9, CONTEXT])  # from 9 on gradients are rotated, on sides whose other side is 8
+def test_scaled_factors_with_unit_scale_are_the_plain_ones(length):
     model, documents = tiny_llama(), random_documents(4)
-    layers = tracked_layers(model, r".*(q_proj|down_proj)")
+    documents = replace(documents, tokens=[np.resize(tokens, length) for tokens in documents.tokens])
+    layers = tracked_layers(model)
     batch = documents.batch(range(4))
     basis = eigenbasis(covariances(model, layers, [batch], task=CausalLM(), generator=torch.Generator().manual_seed(0)), layers)
     ones = {layer.name: torch.ones(layer.d_out, layer.d_in, dtype=torch.float64) for layer in layers}

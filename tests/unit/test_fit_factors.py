@@ -222,18 +222,25 @@ def test_scaled_factors_do_not_depend_on_how_many_gradients_are_formed_at_once(m
 
 @pytest.mark.parametrize("positions", [1, 5])
 @pytest.mark.parametrize("one_by_one", [0, 10**9])
+@pytest.mark.parametrize("rotated", ["", "S", "A", "SA"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_squares_are_those_of_every_gradient(monkeypatch, positions, one_by_one, dtype):
+def test_squares_are_those_of_every_gradient(monkeypatch, positions, one_by_one, rotated, dtype):
     monkeypatch.setattr(ekfac, "ONE_BY_ONE", one_by_one)
     generator = torch.Generator().manual_seed(0)
     outputs, inputs = (torch.randn(4, positions, d, dtype=torch.float64, generator=generator).to(dtype) for d in (3, 6))
+    Q = {f"Q_{side}": some_rotation(d, generator).to(dtype) for side, d in (("S", 3), ("A", 6)) if side in rotated}
+    Q_S, Q_A = Q.get("Q_S", torch.eye(3)).double(), Q.get("Q_A", torch.eye(6)).double()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     total = torch.ones(3, 6, dtype=wide)
-    add_squared_gradients(total, outputs, inputs)
+    add_squared_gradients(total, outputs, inputs, **Q)
     expected = torch.ones(3, 6, dtype=torch.float64)
     for one_outputs, one_inputs in zip(outputs.double(), inputs.double(), strict=True):
-        expected += (one_outputs.T @ one_inputs).square()
+        expected += (Q_S.T @ one_outputs.T @ one_inputs @ Q_A).square()
     torch.testing.assert_close(total.double(), expected, **({"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}))
+
+
+def some_rotation(size: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))[0]
 
 
 @pytest.mark.parametrize("one_by_one", [0, 10**9])
@@ -241,4 +248,7 @@ def test_the_operations_of_squares_are_those_of_the_gradients(monkeypatch, one_b
     monkeypatch.setattr(ekfac, "ONE_BY_ONE", one_by_one)
     with FlopCounterMode(display=False) as counter:
         add_squared_gradients(torch.zeros(3, 6), torch.zeros(4, 5, 3), torch.zeros(4, 5, 6))
-    assert counter.get_total_flops() == 2 * 4 * 5 * 3 * 6
+        formed = counter.get_total_flops()
+        add_squared_gradients(torch.zeros(3, 6), torch.zeros(4, 5, 3), torch.zeros(4, 5, 6), Q_S=torch.eye(3), Q_A=torch.eye(6))
+    assert formed == 2 * 4 * 5 * 3 * 6
+    assert counter.get_total_flops() == 2 * formed + 2 * 4 * 3 * 6 * (3 + 6)
