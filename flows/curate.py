@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -29,6 +28,7 @@ from flows.settings import override
 from flows.slots import Slots, environments
 from tda.artifacts import Workspace
 from tda.config import load_config
+from tda.provenance import how_to_reproduce
 
 MAX_TASKS = 64  # threads; most of them wait
 
@@ -132,21 +132,8 @@ def _verdict_text(verdict: dict, workspace: Workspace) -> str:
     outcome = "Accepted" if verdict["accepted"] else "Rejected"
     return (
         f"# {outcome}\n\n{verdict['summary']}\n\n**Rule.** {verdict['rule']}\n\n"
-        f"**To reproduce.** {_how_to_reproduce(workspace.root)}\n\n**Report.** `{workspace.report.resolve()}`\n"
+        f"**To reproduce.** {how_to_reproduce(workspace.root)}\n\n**Report.** `{workspace.report.resolve()}`\n"
     )
-
-
-def _how_to_reproduce(root: Path) -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
-    )
-    commit = found.stdout.strip()
-    if not commit:
-        return "Put this folder under git: a run is reproduced from the commit that has its params.yaml and dvc.lock."
-    if commit.endswith("-dirty"):
-        changed = f"Commit what changed since `{commit.removesuffix('-dirty')}`, params.yaml and dvc.lock at least"
-        return f"{changed}; then `git checkout` that commit, and `make run`."
-    return f"`git checkout {commit}`, then `make run`."
 
 
 def flatten(value: Any, name: str = "") -> list[tuple[str, Any]]:

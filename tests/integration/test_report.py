@@ -8,7 +8,7 @@ import pytest
 from tda.artifacts import read_json, remove, write_json, write_table
 from tda.charts import number, power_of_ten, scaled, ticks
 from tda.page import excerpt, flat, visible
-from tda.provenance import lock_digest, provenance
+from tda.provenance import how_to_reproduce, lock_digest, provenance
 from tda.report import build_report
 from tests.fake_workspace import fake_workspace
 
@@ -214,13 +214,17 @@ def test_provenance_says_whether_the_code_is_committed(tmp_path):
             capture_output=True,
         )
 
+    assert "Put this folder under git" in how_to_reproduce(tmp_path)
     (tmp_path / "code.py").write_text("1")
     (tmp_path / "dvc.lock").write_text("stages:\n  a:\n    cmd: x\n")
     git("init")
     git("add", "code.py", "dvc.lock")
     git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{40}", provenance(tmp_path)["commit"])
+    commit = provenance(tmp_path)["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert how_to_reproduce(tmp_path) == f"`git checkout {commit[:12]}`, then `make run`."
     (tmp_path / "dvc.lock").write_text("stages:\n  a:\n    cmd: y\n")
-    assert provenance(tmp_path)["changed"] is False
+    assert provenance(tmp_path)["changed"] is False  # the page cannot be in the lock that it quotes
+    assert how_to_reproduce(tmp_path).startswith(f"Commit what changed since `{commit[:12]}`")
     (tmp_path / "code.py").write_text("2")
     assert provenance(tmp_path)["changed"] is True
