@@ -135,23 +135,55 @@ def t_interval(values: Float[np.ndarray, " seed"], *, confidence: float) -> tupl
     return float(values.mean() - half), float(values.mean() + half)
 
 
+@dataclass(frozen=True)
+class Condition:
+    """One condition of the verdict, on a comparison's interval, and what is said if it does not hold."""
+
+    text: str
+    comparison: dict
+    bound: float
+    holds: bool
+    uncertain: str  # if the interval reaches above the bound
+    refuted: str  # if it lies above it
+
+    @property
+    def failure(self) -> str:
+        """What is said if the condition does not hold."""
+        return self.refuted if self.comparison["low"] > self.bound else self.uncertain
+
+
 def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     """The verdict on comparisons in the order of `COMPARISONS`; `changed` says whether the curated data differ at all."""
     against_all, against_random, general = comparisons[:3]
     percent = f"{100 * rule.confidence:.3g}%"
     limit = rule.max_general_loss_increase
     conditions = [
-        {"text": "Loss on unseen targets is lower than with all data", "holds": against_all["high"] < 0},
-        {
-            "text": "Loss on unseen targets is lower than with the random control of the same size",
-            "holds": against_random["high"] < 0,
-        },
-        {
-            "text": f"General loss is at most {limit:g} nats per token above that with all data",
-            "holds": general["high"] <= limit,
-        },
+        Condition(
+            "Loss on unseen targets is lower than with all data",
+            against_all,
+            bound=0.0,
+            holds=against_all["high"] < 0,
+            uncertain="the gain against all data is not certain",
+            refuted="the loss is higher than with all data",
+        ),
+        Condition(
+            "Loss on unseen targets is lower than with the random control of the same size",
+            against_random,
+            bound=0.0,
+            holds=against_random["high"] < 0,
+            uncertain="the gain against the random control is not certain",
+            refuted="the loss is higher than with the random control",
+        ),
+        Condition(
+            f"General loss is at most {limit:g} nats per token above that with all data",
+            general,
+            bound=limit,
+            holds=general["high"] <= limit,
+            uncertain="the general loss may rise by more than is allowed",
+            refuted="the general loss rises by more than is allowed",
+        ),
     ]
-    accepted = changed and all(condition["holds"] for condition in conditions)
+    accepted = changed and all(condition.holds for condition in conditions)
     seeds = against_all["num_seeds"]
     interval = f"{percent} interval {{low:+.4f}} to {{high:+.4f}}"
     effect = (
@@ -165,14 +197,8 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     elif not changed:
         answer = "Nothing was dropped or reweighted, so there is nothing to accept."
     else:
-        failed = [
-            certain if comparison["low"] > bound else possible
-            for condition, comparison, bound, (possible, certain) in zip(
-                conditions, (against_all, against_random, general), (0, 0, limit), _REFUSALS, strict=True
-            )
-            if not condition["holds"]
-        ]
-        answer = f"Not shown to be better: {'; '.join(failed)}."
+        failures = [condition.failure for condition in conditions if not condition.holds]
+        answer = f"Not shown to be better: {'; '.join(failures)}."
     return {
         "accepted": accepted,
         "rule": (
@@ -183,18 +209,11 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
         "summary": f"{answer} {effect}",
         "answer": answer,
         "effect": effect,
-        "conditions": conditions,
+        "conditions": [{"text": condition.text, "holds": condition.holds} for condition in conditions],
         "confidence": rule.confidence,
         "max_general_loss_increase": limit,
         "comparisons": list(comparisons),
     }
-
-
-_REFUSALS = [  # of an interval that reaches above its bound, and of one that lies above it
-    ("the gain against all data is not certain", "the loss is higher than with all data"),
-    ("the gain against the random control is not certain", "the loss is higher than with the random control"),
-    ("the general loss may rise by more than is allowed", "the general loss rises by more than is allowed"),
-]
 
 
 def _nested_differences(comparisons: Sequence[dict]) -> dict:
