@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from tda.adapters import normalise_config
 from tda.artifacts import Workspace, whole, write_json, write_table
-from tda.checkpoints import architecture_digest, check_fits, start_facts
+from tda.checkpoints import architecture_digest, check_fits, run_facts, start_facts
 from tda.config import Train
 from tda.data import Documents
-from tda.model import freeze, load_model, num_parameters, num_trained_parameters, trained_parameters
+from tda.model import freeze, load_model, trained_parameters
 
 # Patterns of names that the Trainer exempts from weight decay; these parameters come last in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -73,26 +73,21 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     write_json(
         workspace.training,
         {
-            "architecture_digest": architecture_digest(model),
-            "num_parameters": num_parameters(model),
-            "num_trained_parameters": num_trained_parameters(freeze(model, frozen)),
-            "num_documents": len(documents),
-            "num_tokens": int(documents.lengths.sum()),
-            "num_steps": num_steps,
-            "checkpoint_steps": [step for step, _ in chosen],
-            "stage_ends": [num_steps],
-            "stage_parts": ["all"],
             "batches_known": False,
             "frozen": frozen,
-            "optimizer": optimizer.get("optimizer", recipe.optimizer),
-            "momentum": optimizer.get("momentum", recipe.momentum if recipe.optimizer == "sgd" else 0.0),
-            "beta2": optimizer.get("beta2", recipe.beta2),
-            "epsilon": optimizer.get("epsilon", recipe.epsilon),
-            "weight_decay": optimizer.get("weight_decay", recipe.weight_decay),
             "first_loss": losses[min(losses)] if losses else None,
             "final_loss": losses[max(losses)] if losses else None,
-        }
-        | start_facts(recipe.model),
+            **run_facts(
+                recipe,
+                freeze(model, frozen),
+                documents,
+                checkpoint_steps=[step for step, _ in chosen],
+                stage_ends=[num_steps],
+                stage_parts=["all"],
+                optimizer=optimizer,
+            ),
+            **start_facts(recipe.model),
+        },
     )
 
 

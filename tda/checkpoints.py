@@ -1,6 +1,7 @@
 """Reading the checkpoints of the pipeline's run, with checks that they belong to it and that documents fit the model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tda.artifacts import MEAN_FILE, Workspace, damaged, existing, read_json
+from tda.config import Train
 from tda.data import Documents
-from tda.model import Layer, freeze, layer_matrix, linear_modules, load_model
+from tda.model import Layer, freeze, layer_matrix, linear_modules, load_model, num_parameters, num_trained_parameters
 from tda.preconditioner import adam_preconditioner
 
 HASH_BLOCK = 1 << 24  # bytes
@@ -37,6 +39,38 @@ def start_facts(model: str) -> dict[str, str]:
     """
     files = sorted(path for kind in MODEL_FILES for path in Path(model).glob(kind))
     return {"start_digest": _digest(files)} if files else {}
+
+
+def run_facts(
+    recipe: Train,
+    model: nn.Module,
+    documents: Documents,
+    *,
+    checkpoint_steps: list[int],
+    stage_ends: list[int],
+    stage_parts: list[str],
+    optimizer: dict[str, Any],
+) -> dict[str, Any]:
+    """What `train.json` says of every run, trained here or adopted; `optimizer` has the settings that are not the recipe's."""
+    settings = {
+        "optimizer": recipe.optimizer,
+        "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.0,
+        "beta2": recipe.beta2,
+        "epsilon": recipe.epsilon,
+        "weight_decay": recipe.weight_decay,
+    }
+    return {
+        "architecture_digest": architecture_digest(model),
+        "num_parameters": num_parameters(model),
+        "num_trained_parameters": num_trained_parameters(model),
+        "num_documents": len(documents),
+        "num_tokens": int(documents.lengths.sum()),
+        "num_steps": checkpoint_steps[-1],
+        "checkpoint_steps": checkpoint_steps,
+        "stage_ends": stage_ends,
+        "stage_parts": stage_parts,
+        **{key: optimizer.get(key, value) for key, value in settings.items()},
+    }
 
 
 def _digest(paths: list[Path]) -> str:

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from tda.adapters import attach, lora
 from tda.artifacts import Workspace, damaged, existing, remove, whole, write_json, write_table
-from tda.checkpoints import architecture_digest, check_fits, start_facts
+from tda.checkpoints import check_fits, run_facts, start_facts
 from tda.config import Train
 from tda.data import Documents
 from tda.means import RunningMean
-from tda.model import build_model, load_model, num_parameters, num_trained_parameters
+from tda.model import build_model, load_model
 from tda.parallel import piece_done, progress_is_shown
 from tda.train import (
     StepResult,
@@ -107,25 +107,20 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     write_json(
         workspace.training,
         {
-            "architecture_digest": architecture_digest(model),
-            "num_parameters": num_parameters(model),
-            "num_trained_parameters": num_trained_parameters(model),
-            "num_documents": len(documents),
-            "num_tokens": int(documents.lengths.sum()),
-            "num_steps": len(steps),
-            "checkpoint_steps": at,
-            "stage_ends": ends,
-            "stage_parts": [stage.part for stage, length in zip(recipe.stages, lengths, strict=True) if length],
             "batches_known": True,
-            "optimizer": recipe.optimizer,
-            "momentum": recipe.momentum if recipe.optimizer == "sgd" else 0.0,
-            "beta2": recipe.beta2,
-            "epsilon": recipe.epsilon,
-            "weight_decay": recipe.weight_decay,
             "first_loss": trajectory["loss"][0],
             "final_loss": trajectory["loss"].tail(20).mean(),
-        }
-        | start,
+            **run_facts(
+                recipe,
+                model,
+                documents,
+                checkpoint_steps=at,
+                stage_ends=ends,
+                stage_parts=[stage.part for stage, length in zip(recipe.stages, lengths, strict=True) if length],
+                optimizer={},
+            ),
+            **start,
+        },
     )
     remove(work)
 
