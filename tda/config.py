@@ -5,21 +5,46 @@ known ones. Defaults are in `params.yaml` only, so every key must be present the
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 MAX_SEED = 10**9  # generators of curvature multiply the seed by 1000 * 8 * 2**20, and torch takes 64 bits
 CURATION_METHODS = ("averaged_influence", "source", "ekfac_influence", "gradient_dot", "gradient_cosine", "bm25", "random")
 
+
+def _in_order(numbers: list[int]) -> list[int]:
+    if numbers != list(range(len(numbers))):
+        raise ValueError(f"expected 0, 1, 2, ... in order; got {numbers}")
+    return numbers
+
+
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+PartNumbers = Annotated[list[StrictInt], Field(min_length=1), AfterValidator(_in_order)]  # DVC reads them too
 
 
 class Section(BaseModel):
     """A section of `params.yaml`; frozen, and an unknown key or a number that is not finite is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: Any) -> Any:
+        held = value if isinstance(value, list) else [value]
+        if cls.model_fields[info.field_name].annotation is not bool and any(isinstance(one, bool) for one in held):
+            raise ValueError(f"expected no true or false, as YAML also reads yes, no, on and off; got {value}")
+        return value
 
 
 class Prepare(Section):
@@ -44,7 +69,7 @@ class Prepare(Section):
     max_bad_rows: float = Field(ge=0, le=1)  # share of malformed rows above which the stage fails
     damage: float = Field(ge=0, lt=1)  # positive control: share of training documents that are damaged on purpose; 0: off
     tokenizer: str  # folder or hub id; empty: the model's own, or for train.model "llama" a BPE trained on the corpus
-    vocabulary: int = Field(ge=258)  # of that BPE
+    vocabulary: int = Field(ge=258, le=10**6)  # of that BPE
     context: int = Field(ge=8)  # tokens; a longer document is split into parts
     seed: Seed
 
@@ -52,9 +77,9 @@ class Prepare(Section):
 class Architecture(Section):
     """Shape of the Llama that is built when `train.model` is "llama"."""
 
-    hidden_size: int = Field(ge=8)
-    intermediate_size: int = Field(ge=8)
-    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=8, le=10**6)
+    intermediate_size: int = Field(ge=8, le=10**6)
+    num_layers: int = Field(ge=1, le=10**4)
     num_heads: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
     tie_embeddings: bool
@@ -87,7 +112,7 @@ class TrainingStage(Section):
     """One stage of training: a number of passes over one part of the documents."""
 
     part: Literal["general", "mixed", "all"]
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, le=10**6)
 
 
 class Train(Section):
@@ -109,15 +134,9 @@ class Train(Section):
     batch_size: int = Field(ge=1)  # documents
     max_gradient_norm: float = Field(ge=0)  # 0: no clipping
     stages: list[TrainingStage] = Field(min_length=1)
-    checkpoints: list[int] = Field(min_length=1)  # 0, 1, ..., C - 1; one gradients task each
+    checkpoints: PartNumbers  # 0, 1, ..., C - 1; one gradients task each
     attribute_at: Literal["last", "mean"]  # a checkpoint's own weights, or their mean over the steps since the one before
     seed: Seed
-
-    @model_validator(mode="after")
-    def _checkpoints_are_numbered(self):
-        if self.checkpoints != list(range(len(self.checkpoints))):
-            raise ValueError(f"checkpoints must be 0, 1, ..., C - 1 in order; got {self.checkpoints}")
-        return self
 
     @model_validator(mode="after")
     def _adapters_are_for_a_model_that_is_loaded(self):
@@ -141,14 +160,8 @@ class Train(Section):
 class Segments(Section):
     """How checkpoints are assigned to training segments."""
 
-    indices: list[int] = Field(min_length=1)  # 0, 1, ..., L - 1; one curvature task each
+    indices: PartNumbers  # 0, 1, ..., L - 1; one curvature task each
     by: Literal["steps", "stages", "learning_rate"]
-
-    @model_validator(mode="after")
-    def _segments_are_numbered(self):
-        if self.indices != list(range(len(self.indices))):
-            raise ValueError(f"indices must be 0, 1, ..., L - 1 in order; got {self.indices}")
-        return self
 
 
 class Curvature(Section):
@@ -241,7 +254,7 @@ class Report(Section):
     """The page."""
 
     title: str
-    num_examples: int = Field(ge=1)
+    num_examples: int = Field(ge=1, le=10**4)
 
 
 class Audit(Section):
@@ -338,12 +351,10 @@ def load_config(path: str | Path = "params.yaml") -> Config:
         raise ValueError(f"{path}: not UTF-8 text: {error}; expected YAML in UTF-8; save it as that") from error
     except (yaml.YAMLError, ValueError) as error:  # of a date that is none, a ValueError
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}; got {type(values).__name__}")
     return parse_config(values, origin=str(path))
 
 
-def parse_config(values: dict, *, origin: str) -> Config:
+def parse_config(values: Any, *, origin: str) -> Config:
     """`values` as a `Config`; `origin` names them in messages.
 
     Raises:
@@ -357,13 +368,16 @@ def parse_config(values: dict, *, origin: str) -> Config:
 
 def _explain(problem: dict, origin: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    named = f"{origin}: {key}" if key else origin
     if problem["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}"
     if problem["type"] == "missing":
-        return f"{origin}: {key} is missing; every key must be set, the shipped params.yaml has all of them"
+        return f"{named} is missing; every key must be set, the shipped params.yaml has all of them"
     if problem["type"] == "value_error":
-        return ": ".join(part for part in (origin, key, str(problem["ctx"]["error"])) if part)
-    return f"{origin}: {key}: {problem['msg']}; got {problem.get('input')!r}"
+        return f"{named}: {problem['ctx']['error']}"
+    if problem["type"] == "model_type":
+        return f"{named}: expected the keys {', '.join(_known_keys(problem['loc']))}; got {type(problem['input']).__name__}"
+    return f"{named}: {problem['msg']}; got {problem['input']!r}"
 
 
 def _known_keys(location: tuple) -> list[str]:
