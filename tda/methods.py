@@ -22,7 +22,7 @@ from tda.preconditioner import DiagonalCurvature, plain
 from tda.replay import replay_scores
 from tda.scores import ENSEMBLE, cosines, ensemble, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
-from tda.source import SegmentDynamics
+from tda.source import Dynamics, SegmentDynamics
 from tda.surrogate import surrogate_scores
 from tda.task import Classification, Regression, Task
 from tda.trajectory import averaged
@@ -86,7 +86,9 @@ def source_cg(fitted: Fitted) -> np.ndarray:
             "source_cg: adam is diagonal, a form with no symmetric matrix to solve with; set adam to scalar or symmetric"
         )
 
-    def solved(ekfac: SegmentDynamics) -> SolvedDynamics:
+    def solved(ekfac: SegmentDynamics) -> Dynamics:
+        if not ekfac.time:  # nothing was learned, and EK-FAC's response is 0 too
+            return ekfac
         segment = fitted.segments[ekfac.index]
         damping = dict.fromkeys(ekfac.curvature, ekfac.weight_decay + 1 / ekfac.time)
         curvature = DampedCurvature.of(fitted.layers, ekfac.curvature, damping, device=fitted.device)
@@ -164,9 +166,8 @@ def _solved_influence(fitted: Fitted, solver: Solver) -> np.ndarray:
     """
     last = fitted.segments[-1]
     factors = fitted.segment_factors(last, [fitted.final])
-    implied = np.average(
-        [1 / segment.time for segment in fitted.segments], weights=[segment.num_steps for segment in fitted.segments]
-    )
+    learned = [segment for segment in fitted.segments if segment.time]
+    implied = np.average([1 / segment.time for segment in learned], weights=[segment.num_steps for segment in learned])
     damping = {
         name: fitted.settings.solver_damping or float(implied / (factors.P[name].median() if factors.P else 1))
         for name in factors.plain

@@ -117,13 +117,16 @@ def make_segments(
     exposure: np.ndarray | None,
     tokens: np.ndarray,
 ) -> list[Segment]:
-    """The segments. `exposure` (document, segment) weights the mean of `tokens` (document); None weights evenly."""
+    """The segments. `exposure` (document, segment) weights the mean of `tokens` (document).
+
+    If it is None, or nothing was learned in the segment, all documents weigh the same.
+    """
     segments = []
     for index, end in enumerate(ends):
         begin = ends[index - 1] if index else 0
         first = checkpoint_steps[begin - 1] + 1 if begin else 1
         last = checkpoint_steps[end - 1]
-        received = np.ones(len(tokens)) if exposure is None else exposure[:, index]
+        received = np.ones(len(tokens)) if exposure is None or not exposure[:, index].any() else exposure[:, index]
         segments.append(
             Segment(
                 index=index,
@@ -141,25 +144,26 @@ def make_segments(
 def document_exposure(
     trajectory: pl.DataFrame, last_steps: Sequence[int], *, rates: np.ndarray, num_documents: int
 ) -> np.ndarray:
-    """(document, segment): the share of the segment's learning rate that the document received; columns sum to 1.
+    """(document, segment): the share of the segment's learning rate that the document received.
 
-    A step of batch size B gives each of its documents 1/B of its learning rate. If all documents are drawn equally often, every
-    share is 1/N.
+    A step of batch size B gives each of its documents 1/B of its learning rate. Columns sum to 1: if all documents are drawn
+    equally often, every share is 1/N. A segment whose learning rates are all 0 gives nothing to any document.
     """
     exposure = np.zeros((num_documents, len(last_steps)))
     segment = np.searchsorted(np.asarray(last_steps), trajectory["step"].to_numpy())
     for at, rate, rows in zip(segment, rates, trajectory["documents"].to_list(), strict=True):
         if at < len(last_steps):
             np.add.at(exposure[:, at], rows, rate / len(rows))
-    return exposure / exposure.sum(axis=0)
+    received = exposure.sum(axis=0)
+    return np.divide(exposure, received, out=np.zeros_like(exposure), where=received > 0)
 
 
 def rows_seen(exposure: np.ndarray, index: int, num: int, *, seed: Sequence[int]) -> np.ndarray:
     """Ascending numbers of `num` of the rows that segment `index` trained on, drawn by `seed`; 0: all of them.
 
-    `exposure` is (row, segment).
+    `exposure` is (row, segment). Of a segment that learned nothing, whose curvature has no effect, they are drawn from all rows.
     """
-    seen = np.flatnonzero(exposure[:, index])
+    seen = np.flatnonzero(exposure[:, index] if exposure[:, index].any() else np.ones(len(exposure)))
     if not 0 < num < len(seen):
         return seen
     return np.sort(np.random.default_rng(seed).choice(seen, num, replace=False))

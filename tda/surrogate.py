@@ -79,12 +79,13 @@ def path_kernel(fitted: Fitted) -> Float[Tensor, "point point"]:
     """The tangent kernel of all points, rows first and then queries, averaged over the run up to the counterfactual's end.
 
     A stretch of training is represented by the checkpoint at its end, with the optimizer's preconditioner there, and weighted by
-    its summed learning rate.
+    its summed learning rate; all weigh the same if nothing was learned by then.
     """
     points = Examples(torch.cat([fitted.train.x, fitted.queries.x]), torch.cat([fitted.train.y, fitted.queries.y]))
     steps = [0, *(checkpoint.step for checkpoint in fitted.run.checkpoints)]
     last = max(1, sum(step <= fitted.settings.counterfactual_end * steps[-1] for step in steps[1:]))
     times = [float(fitted.rates[start:end].sum()) for start, end in itertools.pairwise(steps[: last + 1])]
+    times = times if any(times) else [1.0] * last
     K: Tensor | float = 0.0
     for index, time in enumerate(times):
         here, _outputs = tangent_kernel(

@@ -141,6 +141,20 @@ def test_every_method_scores_every_model(kind, optimizer, method):
     assert np.array_equal(scores.values, twice.values)
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"bm25", "datamodel", "replay"}))
+def test_a_segment_in_which_nothing_was_learned_adds_nothing(method):
+    run, task, train, queries = setting("classification", "adamw")
+    rates = run.learning_rates.copy()
+    rates[:6] = 0
+    run = replace(run, learning_rates=rates)
+    scores = attribute(method, run, task, train, queries, num_segments=2, iterations=3).values
+    assert np.isfinite(scores).all()
+    if method in {"source", "fast_source", "source_cg", "tracin"}:
+        seen = np.isin(np.arange(12), np.concatenate(run.batches[6:]))
+        assert (scores[:, ~seen] == 0).all()
+        assert (scores[:, seen] != 0).all()
+
+
 def test_an_ensemble_gives_every_member_an_equal_say_on_every_query():
     """Whatever a member's unit: ten times its scores change the ensemble's unit alone."""
     run, task, train, queries = setting("classification")

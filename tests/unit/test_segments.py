@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tda.segments import document_exposure, effective_learning_rates, make_segments, segment_ends
+from tda.segments import document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
 from tda.train import Step, StepResult, trajectory_table
 
 
@@ -74,3 +74,14 @@ def test_segments_carry_steps_rates_and_tokens():
     assert [(segment.first_step, segment.last_step, segment.num_steps) for segment in made] == [(1, 2, 2), (3, 6, 4)]
     assert [segment.time for segment in made] == [4.0, 4.0]
     assert [segment.tokens_per_document for segment in made] == [10.0, 35.0]
+
+
+def test_a_segment_in_which_nothing_was_learned_gives_nobody_anything():
+    rows, rates = [[0, 1], [1, 2], [0, 2]], np.array([0.0, 0.0, 0.1])
+    exposure = document_exposure(trajectory(rows, rates.tolist()), [2, 3], rates=rates, num_documents=4)
+    np.testing.assert_allclose(exposure, [[0, 1 / 2], [0, 0], [0, 1 / 2], [0, 0]])
+    made = make_segments([2, 3], [1, 2], rates=rates, exposure=exposure, tokens=np.array([1, 2, 3, 6]))
+    assert [segment.time for segment in made] == pytest.approx([0.0, 0.1])
+    assert [segment.tokens_per_document for segment in made] == [3.0, 2.0]
+    assert rows_seen(exposure, 0, 0, seed=[0]).tolist() == [0, 1, 2, 3]
+    assert rows_seen(exposure, 1, 0, seed=[0]).tolist() == [0, 2]
