@@ -328,6 +328,14 @@ def existing(path: Path, *, stage: str) -> Path:
 
 
 @contextlib.contextmanager
+def one_after_another(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` for the block, after whoever holds it now."""
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def only_run(path: Path) -> Iterator[None]:
     """Hold the lock file `path` for the block; a second run at the same time is refused.
 

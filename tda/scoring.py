@@ -17,7 +17,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.artifacts import Workspace, read_json, read_table
+from tda.artifacts import Workspace, one_after_another, read_json, read_table
 from tda.baselines import bm25_scores, random_scores
 from tda.checkpoints import load_checkpoint
 from tda.config import Config
@@ -161,20 +161,21 @@ def _fitted_from_rows(
     }
     digest = xxhash.xxh3_128_hexdigest(canonical(made_from).encode())
     path = workspace.store / f"curvature_{segment.index}_{digest[:12]}.safetensors"
-    if path.is_file():
-        return load_factors(path)
 
     def blocks() -> Iterator[Tensor]:
         for manifest in manifests:
             for _positions, rows in open_sealed(workspace.store, manifest).scan(doc_ids):
                 yield torch.from_numpy(rows.vectors)
 
-    shapes = {name: (held.P_o.shape[1], held.P_i.shape[1]) for name, held in factors.projections.items()}
-    fitted = replace(factors, plain=row_curvature(blocks, factors.layers, shapes, weight=1 / segment.tokens_per_document))
-    for old in workspace.store.glob(f"curvature_{segment.index}_*"):
-        old.unlink()
-    save_factors(path, fitted)
-    return fitted
+    if not path.is_file():
+        with one_after_another(workspace.store / "curvature.lock"):
+            if not path.is_file():
+                shapes = {name: (held.P_o.shape[1], held.P_i.shape[1]) for name, held in factors.projections.items()}
+                plain = row_curvature(blocks, factors.layers, shapes, weight=1 / segment.tokens_per_document)
+                for old in workspace.store.glob(f"curvature_{segment.index}_*"):
+                    old.unlink()
+                save_factors(path, replace(factors, plain=plain))
+    return load_factors(path)
 
 
 def store_dot(config: Config, workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:

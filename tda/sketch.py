@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int8, Int64
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tda.artifacts import whole
+from tda.artifacts import one_after_another, whole
 from tda.row_products import dot_scores
 from tda.store import GradientTable, sketch_path
 
@@ -67,9 +67,10 @@ def open_sketch(table: GradientTable, manifest: dict[str, Any], doc_ids: Sequenc
     """The sketch of a sealed table, for the manifest's documents in their order; made first if there is none of these rows."""
     path = sketch_path(table.store, manifest["table"], manifest["tag"])
     made_from = {"digest": manifest["digest"], "documents": manifest["documents"], "version": table.version, "size": size}
-    if not path.is_file() or _made_from(path) != made_from:
-        sketch = make_sketch(table, doc_ids, size=size)
-        save(sketch, path, made_from=made_from)
+    if _made_from(path) != made_from:
+        with one_after_another(table.store / "sketch.lock"):
+            if _made_from(path) != made_from:
+                save(make_sketch(table, doc_ids, size=size), path, made_from=made_from)
     return load(path)
 
 
@@ -85,9 +86,13 @@ def load(path: Path) -> Sketch:
         return Sketch(**{name: file.get_tensor(name) for name in Sketch.__dataclass_fields__})
 
 
-def _made_from(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["made_from"])
+def _made_from(path: Path) -> dict[str, Any] | None:
+    """What the sketch in `path` was made from; None if there is none that can be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["made_from"])
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def make_sketch(table: GradientTable, doc_ids: Sequence[str], *, size: int = SIZE, seed: int = 0) -> Sketch:

@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +295,9 @@ def test_curvature_from_the_stored_rows(toy, monkeypatch):
     settings = {"gradients__projection": "random", "gradients__rank": 3, "gradients__dtype": "float32"}
     config = toy_config(workspace.root, curvature__space="rows", curvature__num_documents=20, **settings)
     run_stages(config, workspace, "curvature", "gradients", "scores")
+    scores = workspace.scores.read_bytes()
+    run_stages(config, workspace, "scores")
+    assert workspace.scores.read_bytes() == scores  # with factors that were just fitted, and with those that were kept
     held = load_factors(workspace.curvature(0))
     assert not held.plain  # no pass has fitted anything
     documents = load_documents(workspace.documents)
@@ -317,6 +322,22 @@ def test_curvature_from_the_stored_rows(toy, monkeypatch):
     values = pl.read_parquet(workspace.scores)["score_source"].to_numpy()
     assert np.isfinite(values).all()
     assert values.std() > 0
+    for path in workspace.store.glob("curvature_*"):
+        path.unlink()
+    made = []
+
+    def slow(*arguments: object, **settings: object) -> dict:
+        made.append(row_curvature(*arguments, **settings))
+        time.sleep(0.2)
+        return made[-1]
+
+    monkeypatch.setattr("tda.scoring.row_curvature", slow)
+    with ThreadPoolExecutor(2) as threads:  # two queries at once
+        both = [threads.submit(load_attribution, config, workspace, documents) for _ in range(2)]
+    assert len(made) == len(attribution.segments)
+    for again in both:
+        for name, factors in again.result().factors[0].plain.items():
+            assert torch.equal(factors.Lambda, attribution.factors[0].plain[name].Lambda)
     monkeypatch.delattr("tda.scoring.row_curvature")  # a query finds what `scores` has fitted
     assert answer("The list of a set", config=config, workspace=workspace)["helped"]
 

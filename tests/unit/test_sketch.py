@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +95,9 @@ def test_a_sketch_is_made_once_and_anew_for_other_rows(tmp_path, monkeypatch):
         assert torch.equal(one, other)
 
     assert open_sketch(table, manifest, IDS, size=4).codes.shape == (500, 4)  # of another size
+    path = sketch_path(tmp_path, table.name, manifest["tag"])
+    path.write_bytes(path.read_bytes()[:-100])
+    assert open_sketch(table, manifest, IDS, size=4).codes.shape == (500, 4)  # a damaged one is made again
 
     changed, other_manifest = sealed(tmp_path, decaying(IDS, seed=5))
     assert other_manifest["tag"] != manifest["tag"]
@@ -127,4 +133,21 @@ def test_sketches_go_with_their_tags_and_tables(tmp_path):
     prune(tmp_path, table.name, keep_tags={second["tag"]}, dry_run=False)
     assert [path.exists() for path in paths] == [False, True]
     assert drop_table(tmp_path, table.name, dry_run=False) > sizes[1]
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["sketch.lock"]
+
+
+def test_two_questions_at_once_make_one_sketch(tmp_path, monkeypatch):
+    table, manifest = sealed(tmp_path, decaying(IDS))
+    made = []
+
+    def slow(*arguments, **settings):
+        made.append(make_sketch(*arguments, **settings))
+        time.sleep(0.2)
+        return made[-1]
+
+    monkeypatch.setattr(sketch_module, "make_sketch", slow)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: open_sketch(table, manifest, IDS, size=4), range(2)))
+    assert len(made) == 1
+    for sketch in found:
+        assert torch.equal(sketch.codes, made[0].codes)
