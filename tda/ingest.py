@@ -1,5 +1,6 @@
 """Reading a user's documents. Malformed rows are put into quarantine, with their place and the reason, never silently lost."""
 
+import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,10 +11,18 @@ import xxhash
 from tqdm import tqdm
 
 from tda.parallel import progress_is_shown
-from tda.readers import EXCERPT, Malformed, Row, neighbouring_form, rows, stem
+from tda.readers import EXCERPT, Malformed, Row, neighbouring_form, not_read, rows, stem
 
 MAX_ID = 512  # characters
 PARTS = ("general", "mixed")
+REMEDIES = {  # of malformed rows, by how the reason ends
+    "duplicate id with other content": 'set prepare.id_field to "", so that ids are made from the texts, or mend the rows',
+    "neither text nor a whole number": 'name a field of these, or "" for none, or mend the rows',
+    "is not text": "name a field of text; lists, such as the messages of a chat, have to be written out as text",
+}
+OTHER_REMEDY = (
+    "name fields that are there (text_field, or prompt_field and completion_field), mend the rows, or raise max_bad_rows"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,9 @@ def read_documents(
             "prepare: prompt_field and completion_field belong together: expected both or none; got "
             f"{fields.prompt!r} and {fields.completion!r}; set both, or neither and text_field"
         )
+    if left := not_read(location):
+        names = ", ".join(left[:10]) + (f" and {len(left) - 10} more" if len(left) > 10 else "")
+        print(f"{key}: not read, of no known kind, in {location}: {names}", file=sys.stderr)
     reading = Reading(absent={fields.id, fields.source, fields.part} - {""})
     hashes: dict[str, str] = {}
     try:
@@ -143,16 +155,17 @@ def _check(reading: Reading, *, location: str, max_bad_rows: float, key: str) ->
         raise ValueError(
             f"{key}: {bad} of {reading.num_rows} rows of {location} are malformed, more than the share {max_bad_rows:g} "
             f"that prepare.max_bad_rows allows; {counts}; first at "
-            f"{first}; fields found: {', '.join(reading.names) or 'none'}; {_remedy(location, reading.quarantine[0]['file'])}"
+            f"{first}; fields found: {', '.join(reading.names) or 'none'}; "
+            f"{_remedy(location, reading.quarantine[0]['file'], reasons.most_common(1)[0][0])}"
         )
 
 
-def _remedy(location: str, file: str) -> str:
-    """What to do about malformed rows at `location`, the first of them in `file`."""
+def _remedy(location: str, file: str, reason: str) -> str:
+    """What to do about malformed rows at `location`, the first of them in `file`, most of them for `reason`."""
     path = Path(location, file) if Path(location).is_dir() else Path(location)
     if form := neighbouring_form(path):
         return f"{path} {form}"
-    return "name fields that are there (text_field, or prompt_field and completion_field), mend the rows, or raise max_bad_rows"
+    return next((remedy for end, remedy in REMEDIES.items() if reason.endswith(end)), OTHER_REMEDY)
 
 
 def _document(row: Row, *, fields: Fields) -> tuple[Document, bool]:

@@ -1,7 +1,8 @@
 """Rows of a user's files, with their places: JSON lines, CSV, Parquet, saved data sets, the Hugging Face hub.
 
-JSON lines and CSV may be compressed (.gz). A folder is all its files of these kinds, hidden ones left out, or one data set saved
-by `datasets`. The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read as a row comes as `Malformed` in its place.
+JSON lines and CSV may be compressed (.gz). A folder is a data set saved by `datasets`, or all files of these kinds and all such
+data sets in it and its sub-folders, hidden ones left out. The hub is `hub:ID` or `hub:ID:CONFIGURATION`. What cannot be read
+as a row comes as `Malformed` in its place.
 """
 
 import csv
@@ -33,7 +34,7 @@ class Malformed(NamedTuple):
 class Row(NamedTuple):
     """A row and its place; `line` counts from 1: the row's first line in a text file, rows of a table."""
 
-    file: str
+    file: str  # below the location, if that is a folder
     line: int
     value: Any  # a dict of the row's fields, if all is well
 
@@ -49,20 +50,47 @@ def rows(location: str, *, split: str) -> Iterator[Row]:
         )
     if path.is_file():
         return _file(path)
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
+    if _is_saved_data_set(path):
         return _saved_data_set(path, split=split)
-    files = sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES) and not one.name.startswith("."))
-    if not files:
+    found = [one for one in _below(path) if _is_known(one)]
+    if not found:
         raise ValueError(
             f"{location}: nothing to read in this folder: expected files ending in {', '.join(SUFFIXES)}, or a data set saved by "
             "`datasets` (save_to_disk); name the right folder or convert the files"
         )
-    return (row for file in files for row in _file(file))
+    return (row._replace(file=one.relative_to(path).as_posix()) for one in found for row in rows(str(one), split=split))
+
+
+def not_read(location: str) -> list[str]:
+    """Names of the files in a folder that `rows` passes over because they are of no known kind."""
+    path = Path(location)
+    if not path.is_dir() or _is_saved_data_set(path):
+        return []
+    return [one.relative_to(path).as_posix() for one in _below(path) if not _is_known(one)]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files and saved data sets in a folder and its sub-folders, in order of their names, hidden ones left out."""
+    around = {folder.resolve(), *folder.resolve().parents}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.resolve() in around:  # a link back would never end
+            continue
+        if path.is_dir() and not _is_saved_data_set(path):
+            yield from _below(path)
+        else:
+            yield path
+
+
+def _is_known(path: Path) -> bool:
+    return path.is_dir() or path.name.endswith(SUFFIXES)
+
+
+def _is_saved_data_set(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
 
 
 def stem(name: str) -> str:
-    """The name of a file or data set without folders and suffixes; the source of rows that name none."""
-    name = Path(name).name
+    """The name of a file or data set without suffixes; the source of rows that name none."""
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         name = name.removesuffix(suffix)
     return name
@@ -269,4 +297,4 @@ def _hub(location: str, *, split: str) -> Iterator[Row]:
             "on a machine that reaches it, copy the folder, and name it instead of hub:..."
         ) from error
     for place, value in enumerate(found):
-        yield Row(name, place + 1, value)
+        yield Row(Path(name).name, place + 1, value)

@@ -58,6 +58,36 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         read(tmp_path / "rows.dict", split="validation")
 
 
+def test_files_in_sub_folders_are_read_too(tmp_path, capsys):
+    from datasets import Dataset
+
+    folder = tmp_path / "all"
+    for place in ("wiki", "code/deep", ".hidden", "saved"):
+        (folder / place).mkdir(parents=True)
+    (folder / "rows.jsonl").write_text('{"text": "on top"}\n')
+    (folder / "wiki" / "rows.jsonl").write_text('{"text": "below"}\n{"text": 7}\n')
+    (folder / "code" / "deep" / "rows.csv").write_text("text\nfurther below\n")
+    (folder / ".hidden" / "rows.jsonl").write_text("not read")
+    (folder / "wiki" / "more.jsonl.zst").write_text("not read, which is said")
+    Dataset.from_list([{"text": "a data set"}]).save_to_disk(str(folder / "saved" / "set"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "rows.jsonl").write_text('{"text": "linked"}\n')
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "wiki" / "loop").symlink_to(folder)
+    reading = read(folder)
+    assert [(one.source, one.text) for one in reading.documents] == [
+        ("code/deep/rows", "further below"),
+        ("link/rows", "linked"),
+        ("rows", "on top"),
+        ("saved/set", "a data set"),
+        ("wiki/rows", "below"),
+    ]
+    assert [(row["file"], row["line"]) for row in reading.quarantine] == [("wiki/rows.jsonl", 2)]
+    assert capsys.readouterr().err.endswith(
+        f"\nprepare.documents: not read, of no known kind, in {folder}: wiki/more.jsonl.zst\n"
+    )
+
+
 def test_malformed_lines_are_put_aside_with_their_place(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 200)
     lines = [
@@ -202,6 +232,27 @@ def test_a_file_of_a_neighbouring_form_is_refused_by_its_name(tmp_path, name, co
         with pytest.raises(ValueError, match=f"{message}; write it so$") as error:
             read(place, max_bad_rows=0.5)
         assert f"; {file} " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"id": 0, "text": "one"}, {"id": 0, "text": "other"}],
+            'set prepare.id_field to "", so that ids are made from the texts, or mend the rows',
+        ),
+        ([{"id": 0.5, "text": "one"}], 'name a field of these, or "" for none, or mend the rows'),
+        (
+            [{"text": [{"role": "user"}]}],
+            "name a field of text; lists, such as the messages of a chat, have to be written out as text",
+        ),
+        ([{"body": "one"}], r"name fields that are there \(text_field, .*\), mend the rows, or raise max_bad_rows"),
+    ],
+)
+def test_what_to_do_about_malformed_rows_depends_on_what_is_wrong(tmp_path, rows, message):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"; {message}$"):
+        read(tmp_path / "rows.jsonl", max_bad_rows=0.1)
 
 
 def test_ids_and_sources_are_made_where_there_are_none(tmp_path):
