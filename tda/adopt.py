@@ -11,7 +11,6 @@ do not depend on the gradient's length.
 
 import contextlib
 import json
-import math
 import pickle
 import shutil
 import sys
@@ -34,7 +33,6 @@ from tda.model import freeze, load_model, trained_parameters
 # Patterns of names that the Trainer exempts from weight decay; these parameters come last in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 MOMENTS = {"exp_avg", "exp_avg_sq"}  # Adam's state of a parameter
-NEARLY = 0.05  # relative difference of learning rates that is ignored: a peak between two logged rates is missed
 
 
 def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None:
@@ -65,7 +63,7 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
             normalise_config(target / "model", base=recipe.model)
             optimizer = _copy_optimizer(folder, target, model, frozen=frozen)
             write_json(target / "state.json", {"step": step, "from": folder.name})
-    if said := other_recipe(recipe, optimizer, peak=float(rates.max())):
+    for said in filter(None, (without_optimizer(recipe, chosen), other_recipe(recipe, optimizer))):
         print(f"tda train: {said}", file=sys.stderr)
     losses = {entry["step"]: entry["loss"] for entry in final_state["log_history"] if "loss" in entry}
     write_table(workspace.trajectory, _trajectory(num_steps, rates, losses))
@@ -91,12 +89,10 @@ def adopt_run(recipe: Train, documents: Documents, workspace: Workspace) -> None
     )
 
 
-def other_recipe(recipe: Train, optimizer: dict[str, Any], *, peak: float) -> str:
+def other_recipe(recipe: Train, optimizer: dict[str, Any]) -> str:
     """A sentence on how retraining will differ from the run; empty if it will not."""
-    if math.isclose(peak, recipe.learning_rate, rel_tol=NEARLY):
-        peak = recipe.learning_rate
-    run = {"optimizer": recipe.optimizer, "learning_rate": peak} | optimizer
-    if run["optimizer"] == "adamw":
+    run = dict(optimizer)
+    if run.get("optimizer") == "adamw":
         run.pop("momentum", None)
     unlike = [
         f"{key} {_shown(value)} (train.{key} is {getattr(recipe, key)})"
@@ -122,6 +118,17 @@ def too_few_checkpoints(recipe: Train, there: int) -> str:
     return (
         f"train.run: {recipe.run} has {there} of the {len(recipe.checkpoints)} checkpoints that are asked for; set "
         f"train.checkpoints to {list(range(there))}"
+    )
+
+
+def without_optimizer(recipe: Train, found: list[tuple[int, Path]]) -> str:
+    """A sentence if a checkpoint lacks the optimizer state that stage curvature will want; else empty."""
+    lacking = [folder.name for _, folder in found if not (folder / "optimizer.pt").exists()]
+    if recipe.optimizer != "adamw" or not lacking:
+        return ""
+    return (
+        f"train.run: {lacking[0]} has no optimizer.pt: stage curvature refuses it unless curvature.adam is none, which ranks "
+        "documents far worse; train with save_only_model=False"
     )
 
 
@@ -264,7 +271,7 @@ def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
             "SOURCE follows; to follow the run as one of SGD, which ranks documents worse, remove its optimizer.pt files and set "
             "curvature.adam to none"
         )
-    return found | {"weight_decay": decay}
+    return found | {"learning_rate": group.get("initial_lr", group["lr"]), "weight_decay": decay}
 
 
 def _load_optimizer(path: Path) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tda import costs
-from tda.adopt import find_checkpoints, too_few_checkpoints
+from tda.adopt import find_checkpoints, too_few_checkpoints, without_optimizer
 from tda.artifacts import Workspace
 from tda.calibration import Machine, calibrate, given, sample_of
-from tda.config import Config, Train
+from tda.config import Config
 from tda.estimates import Estimate, Number, estimates, expected_run
 from tda.expected_corpus import expected_corpus
 from tda.parallel import device_of, num_workers
@@ -86,7 +86,7 @@ def make_plan(
 
 def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[str]:
     """What will not fit or be refused, and what to change, a line each."""
-    found = _refused_run(config.train)
+    found = _refused_run(config)
     disk = sum(stage.disk_bytes for stage in stages)
     cache = cache_bytes(stages)
     if disk + cache > machine.free_disk:
@@ -105,10 +105,15 @@ def warnings(config: Config, stages: list[Estimate], machine: Machine) -> list[s
     return found
 
 
-def _refused_run(recipe: Train) -> list[str]:
-    """What stage `train` will refuse of a run that is given; one that is not there is refused here."""
-    said = too_few_checkpoints(recipe, len(find_checkpoints(Path(recipe.run)))) if recipe.run else ""
-    return [f"{said}, else stage train refuses it"] if said else []
+def _refused_run(config: Config) -> list[str]:
+    """What stages `train` and `curvature` will refuse of a run that is given; one that is not there is refused here."""
+    recipe = config.train
+    if not recipe.run:
+        return []
+    found = find_checkpoints(Path(recipe.run))
+    few = too_few_checkpoints(recipe, len(found))
+    blind = without_optimizer(recipe, found) if config.curvature.adam != "none" else ""
+    return [*([f"{few}, else stage train refuses it"] if few else []), *([blind] if blind else [])]
 
 
 _REMEDIES = {

@@ -273,7 +273,13 @@ def test_a_run_of_fewer_checkpoints_than_are_asked_for_is_said(planned, tmp_path
             ]
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text(json.dumps({"global_step": number}))
+        (tmp_path / f"checkpoint-{number}" / "optimizer.pt").touch()
     assert warnings(config, [], machine()) == []
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    (line,) = warnings(config, [], machine())
+    assert "checkpoint-2 has no optimizer.pt: stage curvature refuses it unless curvature.adam is none" in line
+    blind = config.model_copy(update={"curvature": config.curvature.model_copy(update={"adam": "none"})})
+    assert warnings(blind, [], machine()) == []
 
 
 def test_copies_are_of_all_but_the_store(planned):
