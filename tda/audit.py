@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from tda import charts
-from tda.artifacts import Workspace, read_json, whole, write_json, write_table
+from tda.artifacts import Workspace, whole, write_json, write_table
 from tda.charts import power_of_ten, scaled, times_power
 from tda.config import Audit, Config
 from tda.page import both, document_card, render
@@ -65,8 +65,7 @@ def audit(
     """
     _refuse(date, scored)
     table = scored.sort("doc_id").with_columns(pl.col("score").cast(pl.Float64).fill_null(math.nan))
-    before = previous_audit(workspace)
-    earlier = pl.read_parquet(workspace.audits / before["name"] / "scores.parquet") if before else None
+    before, earlier = previous_audit(workspace)
     shifts = source_shifts(table, earlier)
     crossed = crossed_documents(table, earlier)
     checks = check_limits(table, shifts=shifts, crossed=crossed, earlier=earlier, before=before, limits=config.audit)
@@ -144,10 +143,26 @@ def read_history(workspace: Workspace) -> list[dict]:
         ) from error
 
 
-def previous_audit(workspace: Workspace) -> dict | None:
-    """The last finished audit whose scores are still there."""
-    kept = [entry for entry in read_history(workspace) if (workspace.audits / entry["name"] / "scores.parquet").exists()]
-    return read_json(workspace.audits / kept[-1]["name"] / "audit.json", stage="audit") if kept else None
+def previous_audit(workspace: Workspace) -> tuple[dict, pl.DataFrame] | tuple[None, None]:
+    """The facts and the scores of the last finished audit whose scores are still there.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    folders = [workspace.audits / entry["name"] for entry in read_history(workspace)]
+    folder = next((folder for folder in reversed(folders) if (folder / "scores.parquet").exists()), None)
+    if folder is None:
+        return None, None
+    path = folder / "audit.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        path = folder / "scores.parquet"
+        return before, pl.read_parquet(path)
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}; expected the file that the audit wrote; remove the folder "
+            f"{folder}, to compare with the audit before it"
+        ) from error
 
 
 def _history_path(workspace: Workspace) -> Path:

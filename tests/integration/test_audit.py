@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -119,6 +120,22 @@ def test_a_damaged_history_is_named(fake):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match=r"history\.jsonl cannot be read: Unterminated.*; expected an object in each line"):
         run(fake, scored_documents(fake))
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "audit.json"])
+def test_a_damaged_earlier_audit_is_named_and_without_it_the_one_before_is_compared_with(fake, name):
+    run(fake, scored_documents(fake))
+    folder = run(fake, scored_documents(fake), "2026-01-31").report.parent
+    whole = (folder / name).read_bytes()
+    for spoil in (lambda path: path.write_bytes(whole[: len(whole) // 2]), lambda path: path.write_text("")):
+        spoil(folder / name)
+        with pytest.raises(
+            ValueError, match=rf"2026-01-31/{name} cannot be read: .*; remove the folder .* with the audit before"
+        ):
+            run(fake, scored_documents(fake), "2026-02-01")
+    shutil.rmtree(folder)
+    result = run(fake, scored_documents(fake), "2026-02-01")
+    assert json_at(result.report.with_name("audit.json"))["previous"] == "2026-01-30"
 
 
 def test_an_audit_that_died_before_its_history_is_not_compared_with(fake):
