@@ -1,7 +1,10 @@
 """`attribute`: scores of training rows for queries, for any model and by any method."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+import torch
 
 from tda.counterfactual import Retrain
 from tda.data import Data
@@ -46,8 +49,25 @@ def attribute(
     if not runs:
         raise ValueError("attribute: no run; expected one or more")
     chosen = Settings.of(**settings)
-    values = sum(
-        score(Fitted(run, task, train, queries, replace(chosen, seed=chosen.seed + number), retrain=retrain))  # own draws
-        for number, run in enumerate(runs)
-    ) / len(runs)
+    with _every_layer_called():
+        values = sum(
+            score(Fitted(run, task, train, queries, replace(chosen, seed=chosen.seed + number), retrain=retrain))  # own draws
+            for number, run in enumerate(runs)
+        ) / len(runs)
     return Scores(values, queries.ids, train.ids)
+
+
+@contextlib.contextmanager
+def _every_layer_called() -> Iterator[None]:
+    """Inside the block, what is compiled runs uncompiled, and torch's encoder layers run layer by layer.
+
+    Code that was compiled before there were hooks does not call them, and neither does the fused form of an encoder layer, whose
+    nested tensors have no examples besides.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

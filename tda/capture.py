@@ -8,9 +8,10 @@ nothing below them is differentiated.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from tda.model import Layer, layer_inputs, layer_outputs, plain_head
+from tda.model import Layer, input_of, layer_inputs, layer_outputs, plain_head
 
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
@@ -25,7 +26,8 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     that and with the gradient `Ds` (batch, position, d_out) at the layer's output. `model.layer_inputs` says what positions are.
 
     Raises:
-        ValueError: the model is in training mode, where dropout would make every gradient wrong.
+        ValueError: the model is in training mode, where dropout would make every gradient wrong; or, at a pass, a layer runs
+            without gradients.
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
@@ -37,21 +39,33 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     last_of_group = {layer.group: layer.name for layer in layers}
     shared: dict[str, tuple[Tensor, Tensor | None]] = {}  # by group: input and what is kept of it, until its last layer has run
 
+    def as_weight(module: nn.Module, values: Tensor) -> Tensor:
+        return values.to(module.weight.dtype)  # under autocast, values are narrower
+
     def on_input(layer: Layer, module: nn.Module, a: Tensor) -> Tensor | None:
         held = shared.get(layer.group)
         if held is None or held[0] is not a:
-            held = shared[layer.group] = (a, encode(by_name[layer.group], layer_inputs(module, a.detach(), shape)))
+            held = shared[layer.group] = (
+                a,
+                encode(by_name[layer.group], layer_inputs(module, as_weight(module, a.detach()), shape)),
+            )
         if layer.name == last_of_group[layer.group]:
             del shared[layer.group]
         return held[1]
 
     def on_layer(layer: Layer) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            kept = on_input(layer, module, inputs[0])
+        def hook(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{layer.name}: runs without gradients, under torch.no_grad or in reentrant checkpoints; expected a layer "
+                    "that is differentiated; leave it out by the pattern of layers (curvature.layers in params.yaml, for "
+                    "`attribute`: layers)"
+                )
+            kept = on_input(layer, module, input_of(inputs, named))
             if not output.requires_grad:
                 output = output.requires_grad_().clone()  # not the leaf itself: the next layer may change its input in place
             seen = shape
-            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, Ds, seen)))
+            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, as_weight(module, Ds), seen)))
             return output
 
         return hook
@@ -63,7 +77,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
         shared.clear()
 
-    handles = [modules[layer.name].register_forward_hook(on_layer(layer)) for layer in layers]
+    handles = [modules[layer.name].register_forward_hook(on_layer(layer), with_kwargs=True) for layer in layers]
     for module in {model, getattr(model, "base_model", model)}:
         handles += [module.register_forward_pre_hook(start, with_kwargs=True), module.register_forward_hook(release)]
     model.requires_grad_(False)

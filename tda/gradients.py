@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from tda.capture import captured
 from tda.data import Batch, TensorBatch
 from tda.losses import at_least_float32
-from tda.model import Layer
+from tda.model import Layer, layer_matrix, linear_modules
 from tda.packing import PackedBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
 
 QUERY_VALUES = 1 << 27  # values of query gradients that are in memory at once
+SAME_GRADIENT = 0.01  # relative distance: rounding is far below, also in bfloat16
 
 
 def gradient_rows(
@@ -118,29 +119,53 @@ def _over_layers(
     return torch.stack(parts).sum(dim=0)
 
 
-def check_apart(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task) -> None:
-    """Refuse a model that mixes examples, or the axes of examples and positions: no gradient is one example's own.
+def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task) -> None:
+    """Refuse layers whose inputs and pseudo-gradients do not give the gradient of one example.
 
-    Where the first example alone counts in the loss, no other has a gradient at any layer.
+    Where the first example alone counts in the loss, no other has a gradient at any layer: else the model mixes examples, or the
+    axes of examples and positions. And the first one's gradient is autograd's: else the layer is not `W a + b`, or its weight
+    acts in other places too.
 
     Raises:
-        ValueError: another has one; the message says at which layers.
+        ValueError: it is otherwise; the message says at which layers.
     """
     mixed: list[str] = []
+    seen: dict[str, Tensor] = {}
+    modules = linear_modules(model)
 
-    def look(layer: Layer, _a: None, Ds: Tensor) -> None:
+    def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         if (Ds[1:].abs() > 0).any():  # what is no number says nothing
             mixed.append(layer.name)
+        seen[layer.name] = Ds[0].mT @ a[0]
 
     first = (torch.arange(len(batch.rows)) == 0).float().to(batch.sizes.device)
-    with captured(model, layers, encode=lambda _layer, _a: None, consume=look):
-        task.losses(model, batch, weights=first)[0].backward()
+    with captured(model, layers, encode=layer_input, consume=look):
+        parameters = [part for layer in layers for part in _parameters(layer, modules[layer.name])]
+        for parameter in parameters:
+            parameter.requires_grad_()
+        gradients = iter(torch.autograd.grad(task.losses(model, batch, weights=first)[0], parameters, materialize_grads=True))
     if mixed:
         raise ValueError(
             f"layers: {', '.join(mixed[:4])}: an example whose loss has no weight has a gradient there; expected layers that see "
             "examples first, or examples and positions flattened in this order, a model that treats every example by itself, and "
             "a task that weighs losses; leave them out by the pattern of layers (`layers` of `attribute`)"
         )
+    off = []
+    for layer in layers:
+        weight, *bias = (next(gradients) for _ in _parameters(layer, modules[layer.name]))
+        expected = layer_matrix(modules[layer.name], weight, bias[0] if bias else None)
+        if torch.dist(seen.get(layer.name, torch.zeros_like(expected)), expected) > SAME_GRADIENT * expected.norm():
+            off.append(layer.name)
+    if off:
+        raise ValueError(
+            f"layers: {', '.join(off[:4])}: a layer's inputs and the gradients at its outputs do not give the gradient of its "
+            "weight; expected layers that return W a + b, with weights that are used nowhere else; leave them out by the pattern "
+            "of layers (`layers` of `attribute`)"
+        )
+
+
+def _parameters(layer: Layer, module: nn.Module) -> list[nn.Parameter]:
+    return [module.weight, module.bias] if layer.bias else [module.weight]
 
 
 def project_queries(

@@ -168,7 +168,9 @@ def tracked_layers(
     plain_head(model)  # probes a model it has not seen: before there are hooks
     calls: list[tuple[str, Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda _module, args, _output, name=name: calls.append((name, args[0])))
+        module.register_forward_hook(
+            lambda _module, args, named, _output, name=name: calls.append((name, input_of(args, named))), with_kwargs=True
+        )
         for name, module in chosen.items()
     ]
     try:
@@ -183,6 +185,11 @@ def tracked_layers(
         raise ValueError(
             f"layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
             "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml, for `attribute`: layers)"
+        )
+    if not calls:
+        raise ValueError(
+            f"layers: the model calls none of {', '.join(list(chosen)[:4])}; expected layers that it calls; a weight that is "
+            "only used in functions, such as F.linear, is not followed"
         )
     layers: dict[str, Layer] = {}
     leaders: dict[tuple, str] = {}
@@ -285,6 +292,11 @@ def input_view(module: nn.Module) -> tuple:
 def _follows_bias(module: nn.Module) -> bool:
     """Whether the layer's gradient has a column for its bias: not where that is frozen and the weight is trained."""
     return module.bias is not None and (module.bias.requires_grad or not module.weight.requires_grad)
+
+
+def input_of(args: tuple, named: dict[str, Tensor]) -> Tensor:
+    """What a layer is called on, by place or by name."""
+    return args[0] if args else next(iter(named.values()))
 
 
 def layer_inputs(module: nn.Module, a: Tensor, shape: Sequence[int]) -> Tensor:

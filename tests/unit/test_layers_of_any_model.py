@@ -1,0 +1,153 @@
+"""Layers of models that others have written: followed rightly, or refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tda.attribute import attribute
+from tda.model import Layer
+from tests.unit.test_attribute import gradient, recorded_run
+
+
+class Function(nn.Module):
+    """A linear layer `body`, used as a function says, with a head."""
+
+    def __init__(self, function, body=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.body, self.head = function, body or nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.function(self.body, x))
+
+
+class Doubled(nn.Linear):
+    """A layer that is no `W a + b` of its weight, as weight standardisation is not."""
+
+    def forward(self, x):
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+def hooked() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda _layer, _inputs, output: output.tanh())
+    return layer
+
+
+def assert_dots_are_those_of_autograd(run, task, train, queries, layers):
+    model = run.at(-1).requires_grad_()
+    rows = torch.stack([gradient(model, layers, task.losses(model, train.batch([row]))[0]) for row in range(len(train))])
+    asked = torch.stack([
+        gradient(model, layers, task.costs(model, queries.batch([row]), weights=torch.ones(1))[0]) for row in range(len(queries))
+    ])
+    scores = attribute("gradient_dot", run, task, train, queries).values
+    np.testing.assert_allclose(scores, (asked @ rows.T).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Function(lambda body, x: F.linear(body(x).tanh(), body.weight)),
+        lambda: Function(lambda body, x: body(x).tanh() + body.bias),
+        lambda: Function(lambda body, x: body(x).tanh() / body.weight.norm()),
+        lambda: Function(lambda body, x: body(x).tanh(), Doubled(4, 4)),
+        lambda: Function(lambda body, x: body(x), hooked()),
+    ],
+    ids=["in a function too", "its bias too", "its norm", "another weight", "another output"],
+)
+def test_a_weight_whose_gradient_is_more_than_its_layers_is_refused(model):
+    run, task, train, queries = recorded_run(model(), torch.randn(12, 4))
+    with pytest.raises(
+        ValueError, match=r"layers: body: a layer's inputs and .* do not give the gradient of its weight; expected"
+    ):
+        attribute("gradient_dot", run, task, train, queries)
+    attribute("gradient_dot", run, task, train, queries, layers="head")
+
+
+def test_a_layer_that_runs_without_gradients_is_refused():
+    run, task, train, queries = recorded_run(Function(lambda body, x: torch.no_grad()(body)(x).tanh()), torch.randn(12, 4))
+    with pytest.raises(ValueError, match=r"body: runs without gradients, under torch\.no_grad or in reentrant"):
+        attribute("gradient_dot", run, task, train, queries)
+
+
+def test_a_model_that_calls_none_of_its_layers_is_refused():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return F.linear(x, self.layer.weight, self.layer.bias)
+
+    run, task, train, queries = recorded_run(Functional(), torch.randn(12, 4))
+    with pytest.raises(
+        ValueError, match="layers: the model calls none of layer; expected layers that it calls; a weight that is"
+    ):
+        attribute("gradient_dot", run, task, train, queries)
+
+
+def test_an_input_may_be_given_by_name():
+    scores = [
+        attribute("source", *recorded_run(Function(function), torch.linspace(-1, 1, 48).reshape(12, 4)), num_segments=1).values
+        for function in (lambda body, x: body(x).tanh(), lambda body, x: body(input=x).tanh())
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_model_that_ran_compiled_before_is_followed():
+    """Compiled code that is kept from then knows of no hooks."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    run, task, train, queries = recorded_run(torch.compile(plain, backend="eager"), torch.randn(12, 4))
+    for num_rows in (1, 2, 3, 12):
+        run.model(train.x[:num_rows])
+        with torch.no_grad():
+            run.model(train.x[:num_rows])
+    layers = [Layer("_orig_mod.0", 5, 6, True, ""), Layer("_orig_mod.2", 7, 3, True, "")]
+    assert_dots_are_those_of_autograd(run, task, train, queries, layers)
+
+
+def test_a_model_that_computes_in_less_than_its_weights_is_followed():
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+        @torch.autocast("cpu", torch.bfloat16)
+        def forward(self, x):
+            return self.body(x)
+
+    run, task, train, queries = recorded_run(Narrow(), torch.randn(12, 4))
+    narrow = attribute("source", run, task, train, queries, num_segments=1).values
+    run.model.__class__ = type("Wide", (Narrow,), {"forward": lambda self, x: self.body(x)})
+    np.testing.assert_allclose(narrow, attribute("source", run, task, train, queries, num_segments=1).values, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:attribute. scores follow", "ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_padding_is_followed():
+    """Torch would leave the padding out of its layers, in nested tensors, and run each as a single operation."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+            self.tokens, self.body, self.head = nn.Embedding(7, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.body(self.tokens(x), src_key_padding_mask=x == 0)[:, 0])
+
+    x = torch.randint(1, 7, (12, 5))
+    x[::2, 3:] = 0
+    run, task, train, queries = recorded_run(Encoder(), x)
+    layers = [
+        Layer(f"body.layers.{number}.linear{place}", d_in + 1, d_out, True, "")
+        for number in range(2)
+        for place, d_in, d_out in ((1, 8, 16), (2, 16, 8))
+    ]
+    layers.append(Layer("head", 9, 3, True, ""))
+    assert_dots_are_those_of_autograd(run, task, train, queries, layers)
+    assert torch.backends.mha.get_fastpath_enabled()
