@@ -291,12 +291,18 @@ class Fitted:
         }
 
     def second_moments(self, index: int) -> dict[str, Tensor]:
-        """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in)."""
+        """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in); a layer without is a ValueError."""
         checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
         v, correction = checkpoint.second_moments, checkpoint.bias_correction(self.run.optimizer)
 
         def matrix(layer: Layer) -> Tensor:
             weight, bias = (v.get(parameter_name(layer.name, kind)) for kind in ("weight", "bias"))
+            if weight is None or (layer.bias and bias is None):
+                raise ValueError(
+                    f"attribute: {layer.name} has no second moments at step {checkpoint.step}, or at another that is averaged "
+                    "with it; expected those of every layer at every checkpoint; if it was not trained from the start, leave it "
+                    "out by the pattern of layers (`layers` of `attribute`)"
+                )
             return layer_matrix(modules[layer.name], weight, bias)
 
         return {layer.name: matrix(layer).cpu() / correction for layer in self.layers}

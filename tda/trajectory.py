@@ -1,6 +1,8 @@
 """A finished training run: its checkpoints, and what every step did. A `Recorder` records one beside any training loop."""
 
 import copy
+import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -147,6 +149,7 @@ def _mean(held: Sequence[Checkpoint], optimizer: Optimizer, *, step: int) -> Che
         * sum(each.second_moments[name] / each.bias_correction(optimizer) for each in held)
         / len(held)
         for name in last.second_moments
+        if all(name in each.second_moments for each in held)
     }
     return Checkpoint(step, weights, moments, mean_weights=weights)
 
@@ -175,6 +178,7 @@ class Recorder:
         self._model = model
         self._optimizer = optimizer
         self._settings = _settings(optimizer, model)
+        self._groups = _held(optimizer)
         self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
         every, trained = model.named_parameters(remove_duplicate=False), self._trained()
         self._frozen = {name for name, one in every if not one.requires_grad and id(one) not in trained}
@@ -185,9 +189,25 @@ class Recorder:
         self._mean = RunningMean(model)
 
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
-        """Record an optimizer step on the training rows numbered `rows`. Call it before a scheduler changes the learning rate."""
-        self._learning_rates.append(float(self._optimizer.param_groups[0]["lr"]))
-        self._batches.append(torch.as_tensor(rows).cpu().numpy().astype(np.int64))
+        """Record an optimizer step on the training rows numbered `rows`. Call it before a scheduler changes the learning rate.
+
+        Raises:
+            ValueError: `rows` are no row numbers, or the optimizer's groups have other settings than at first, or other learning
+                rates than each other.
+        """
+        numbers = torch.as_tensor(rows).cpu().numpy()
+        if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu" or numbers.min() < 0:
+            raise ValueError(
+                f"recorder: step {len(self._batches) + 1} was taken on rows {numbers!r}; expected row numbers from 0, one or more"
+            )
+        groups, rate = _held(self._optimizer), _rate(self._optimizer)
+        if groups != self._groups:
+            raise ValueError(
+                f"recorder: at step {len(self._batches) + 1} the optimizer's groups have {groups}; expected {self._groups} all "
+                "along; set cycle_momentum=False of a scheduler that cycles momentum or betas"
+            )
+        self._learning_rates.append(rate)
+        self._batches.append(numbers.astype(np.int64))
         self._mean.add()
         if len(self._batches) in self._at:
             self._checkpoints.append(
@@ -210,18 +230,43 @@ class Recorder:
 
     @property
     def run(self) -> Run:
-        """The recorded run; its last checkpoint has to be at the last step taken."""
+        """The recorded run; its last checkpoint has to be at the last step taken.
+
+        Warns if weights have moved that the optimizer does not have, or have moved in a part of the run only.
+        """
         model = copy.deepcopy(self._model).eval()
         trained = self._trained()
-        freeze(model, [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained])
-        return Run(
-            model=model,
+        others = [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained]
+        run = Run(
+            model=freeze(model, others),
             checkpoints=list(self._checkpoints),
             learning_rates=np.array(self._learning_rates),
             batches=list(self._batches),
             optimizer=self._settings,
             initial=self._initial,
         )
+        _warn_of_weights_moved_otherwise(run, others)
+        return run
+
+
+def _warn_of_weights_moved_otherwise(run: Run, others: Sequence[str]) -> None:
+    """Tell of weights that moved, though they are `others` than the optimizer's, and of its weights that moved at times only."""
+    steps = [0, *(checkpoint.step for checkpoint in run.checkpoints)]
+    weights = [run.initial, *(checkpoint.weights for checkpoint in run.checkpoints)]
+    stretches = [number for number, (start, end) in enumerate(itertools.pairwise(steps)) if run.learning_rates[start:end].any()]
+    moved = {
+        name: [not torch.equal(weights[number][name], weights[number + 1][name]) for number in stretches]
+        for name, _parameter in run.model.named_parameters()
+        if name in run.initial
+    }
+    by_others = [name for name in moved if name in others and any(moved[name])]
+    at_times = [name for name in moved if name not in others and any(moved[name]) and not all(moved[name])]
+    for names, words in (
+        (by_others, "moved, though the optimizer does not have them; they count as frozen, and scores leave them out"),
+        (at_times, "did not move between some checkpoints; they count as trained in every step"),
+    ):
+        if names:
+            warnings.warn(f"recorder: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {words}", stacklevel=3)
 
 
 def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -235,21 +280,44 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
     groups = optimizer.param_groups
-    for key in ("lr", "momentum", "betas", "eps"):
-        values = {group[key] for group in groups if key in group}
+    if not (isinstance(optimizer, torch.optim.AdamW) or type(optimizer) is torch.optim.SGD):
+        raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")
+    if not {id(parameter) for parameter in model.parameters()} & {id(one) for group in groups for one in group["params"]}:
+        raise ValueError(
+            "recorder: the optimizer has none of the model's parameters; expected the model that it trains, not a copy of it"
+        )
+    _rate(optimizer)
+    held = _held(optimizer)
+    for key in ("momentum", "betas", "eps"):
+        values = {group[key] for group in held if key in group}
         if len(values) > 1:
             raise ValueError(f"recorder: parameter groups differ in {key}: {sorted(values)}; expected one value for all of them")
-    group = groups[0]
-    unknown = [key for key in ("nesterov", "dampening", "amsgrad", "maximize") if group.get(key)]
+    group = held[0]
+    unknown = [key for key in ("nesterov", "dampening", "amsgrad", "maximize") if any(group.get(key) for group in groups)]
     if unknown:
         raise ValueError(f"recorder: the optimizer sets {', '.join(unknown)}, which no method here knows; leave it off")
     decay, undecayed = _decay(groups, model)
     if isinstance(optimizer, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         return Optimizer("adamw", beta1=beta1, beta2=beta2, epsilon=group["eps"], weight_decay=decay, undecayed=undecayed)
-    if type(optimizer) is torch.optim.SGD:
-        return Optimizer("sgd", momentum=float(group["momentum"]), weight_decay=decay, undecayed=undecayed)
-    raise ValueError(f"recorder: the optimizer is {type(optimizer).__name__}; expected torch.optim.SGD or torch.optim.AdamW")
+    return Optimizer("sgd", momentum=group["momentum"], weight_decay=decay, undecayed=undecayed)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate, which all groups have."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) > 1:
+        raise ValueError(f"recorder: parameter groups differ in lr: {sorted(rates)}; expected one value for all of them")
+    return rates.pop()
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[dict[str, float | tuple[float, float]]]:
+    """What has to stay as it is in every group, in numbers, which may be given as tensors."""
+    return [
+        {key: float(group[key]) for key in ("momentum", "eps", "weight_decay") if key in group}
+        | ({"betas": tuple(map(float, group["betas"]))} if "betas" in group else {})
+        for group in optimizer.param_groups
+    ]
 
 
 def _decay(groups: Sequence[dict], model: nn.Module) -> tuple[float, tuple[str, ...]]:
