@@ -8,7 +8,7 @@ For every example a task gives
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -86,6 +86,9 @@ class CausalLM:
     measurement: Measurement = "loss"
     backend: Backend | None = None
 
+    def __post_init__(self) -> None:
+        _refuse_unknown(self.measurement, Measurement)
+
     def losses(
         self,
         model: nn.Module,
@@ -153,6 +156,9 @@ class Classification(_ExampleTask):
 
     measurement: Measurement = "margin"
 
+    def __post_init__(self) -> None:
+        _refuse_unknown(self.measurement, Measurement)
+
     def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
         """Logits. See `Task.outputs`.
 
@@ -197,6 +203,9 @@ class Regression(_ExampleTask):
 
     measurement: RegressionMeasurement = "absolute_error"
 
+    def __post_init__(self) -> None:
+        _refuse_unknown(self.measurement, RegressionMeasurement)
+
     def outputs(self, model: nn.Module, batch: TensorBatch) -> Float[Tensor, "term output"]:
         """Predictions. See `Task.outputs`.
 
@@ -230,6 +239,11 @@ class Regression(_ExampleTask):
     ) -> tuple[Float[Tensor, "term response"], Float[Tensor, "term response"]]:
         """Predictions. See `Task.responses`."""
         return outputs, 2 * _errors(outputs, batch)
+
+
+def _refuse_unknown(measurement: object, known: object) -> None:
+    if measurement not in get_args(known):
+        raise ValueError(f"task: measurement: expected one of {', '.join(get_args(known))}; got {measurement!r}")
 
 
 def _tensor(outputs: object, kind: str) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -475,6 +476,12 @@ def test_a_model_whose_weights_are_mostly_not_followed_is_told_of():
         warnings.simplefilter("error")
         attribute("gradient_dot", run, task, train, queries, layers="head")  # chosen so
         attribute("gradient_dot", *setting("classification"))
+
+
+@pytest.mark.parametrize("kind", [CausalLM, Classification, Regression])
+def test_a_measurement_that_no_task_has_is_refused(kind):
+    with pytest.raises(ValueError, match=r"task: measurement: expected one of (loss|absolute_error), .*; got 'accuracy'"):
+        kind.__post_init__(SimpleNamespace(measurement="accuracy"))  # types are checked only here, not where users are
 
 
 @pytest.mark.parametrize(("side", "name"), [(0, "inputs"), (1, "targets")])
