@@ -10,7 +10,8 @@ It differs from EK-FAC influence at the last checkpoint in three ways (EXPERIMEN
 - Weights. A single iterate carries the noise of its last batches, which its gradients show in full. The mean over a third of the
   run carries little of it.
 - Curvature. Instead of EK-FAC's blocks, the Gauss-Newton matrix G of all tracked layers, preconditioned by the optimizer's P and
-  damped as SOURCE implies. All queries are solved together by block Krylov, from EK-FAC's answer, with G on a few rows.
+  damped as SOURCE implies. All queries are solved together by block Krylov, from EK-FAC's answer, with G on a few rows. Each
+  can use the directions of the others, so its scores depend a little on which they are.
 """
 
 import math
