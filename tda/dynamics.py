@@ -3,12 +3,13 @@
 from dataclasses import fields
 
 import numpy as np
+import polars as pl
 
 from tda.artifacts import Workspace, read_json, read_table
 from tda.config import Curvature
 from tda.data import Documents
 from tda.factors import SegmentFactors
-from tda.segments import Segment, rows_seen
+from tda.segments import Segment, effective_weight_decay, rows_seen
 from tda.source import SegmentDynamics
 
 
@@ -72,12 +73,17 @@ def load_dynamics(
 ) -> list[SegmentDynamics]:
     """Every segment's respond and decay, made of its factors."""
     training = read_json(workspace.training, stage="train")
+    trajectory = read_table(workspace.trajectory, stage="train")
     return [
         SegmentDynamics(
             index=segment.index,
             curvature=held.curvature(adam if training["optimizer"] == "adamw" else "none"),
             time=segment.time,
-            weight_decay=training["weight_decay"],
+            weight_decay=effective_weight_decay(
+                trajectory.filter(pl.col("step").is_between(segment.first_step, segment.last_step)),
+                optimizer=training["optimizer"],
+                weight_decay=training["weight_decay"],
+            ),
         )
         for segment, held in zip(segments, factors, strict=True)
     ]

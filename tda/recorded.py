@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tda.artifacts import Workspace, read_json, read_table
 from tda.checkpoints import load_checkpoint, second_moments
 from tda.model import moving_state
+from tda.segments import effective_weight_decay
 from tda.trajectory import Checkpoint, Optimizer, Run
 
 
@@ -22,7 +23,7 @@ def load_run(workspace: Workspace, *, needs_moments: bool, only: Sequence[int] |
         momentum=training["momentum"] if sgd else 0.0,
         beta2=training["beta2"],
         epsilon=training["epsilon"],
-        weight_decay=training["weight_decay"],
+        weight_decay=effective_weight_decay(trajectory, optimizer=training["optimizer"], weight_decay=training["weight_decay"]),
     )
     checkpoints = []
     steps = training["checkpoint_steps"]

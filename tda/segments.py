@@ -40,6 +40,18 @@ def effective_learning_rates(trajectory: pl.DataFrame, *, optimizer: str, moment
     return rates if optimizer == "adamw" else rates * trajectory["gradient_scale"].to_numpy() / (1 - momentum)
 
 
+def effective_weight_decay(trajectory: pl.DataFrame, *, optimizer: str, weight_decay: float) -> float:
+    """The weight decay for each unit of the summed effective learning rate of these steps.
+
+    Clipping shortens the gradients of SGD but not the decay, which `torch.optim.SGD` adds to them afterwards.
+    """
+    if optimizer == "adamw":
+        return weight_decay
+    rates = trajectory["learning_rate"].to_numpy()
+    clipped = float(rates @ trajectory["gradient_scale"].to_numpy())
+    return weight_decay * float(rates.sum()) / clipped if clipped else weight_decay
+
+
 def segment_ends(
     checkpoint_steps: Sequence[int], num_segments: int, *, by: str, rates: np.ndarray, stage_ends: Sequence[int]
 ) -> list[int]:

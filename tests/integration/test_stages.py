@@ -20,6 +20,8 @@ from tda.data import load_documents
 from tda.dynamics import curvature_rows, load_exposure, load_segments
 from tda.factors import load_factors
 from tda.query import answer
+from tda.recorded import load_run
+from tda.scoring import load_attribution
 from tests.toy import run_stages, toy_config, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
@@ -74,7 +76,7 @@ def test_scores_without_the_dearest_one(toy):
 def test_full_rank_rows_in_float32_give_the_scores_of_unprojected_gradients(toy):
     """The store, its projections and the walk against autograd and explicit gradients, over the whole pipeline."""
     from tda.checkpoints import load_checkpoint
-    from tda.scoring import load_attribution, query_blocks
+    from tda.scoring import query_blocks
     from tda.source import walk_back
     from tests.helpers import dense_gradient, document_loss
 
@@ -288,7 +290,6 @@ def test_curvature_from_the_stored_rows(toy, monkeypatch):
     from tda.checkpoints import load_checkpoint
     from tda.gradients import gradient_rows
     from tda.row_curvature import row_curvature
-    from tda.scoring import load_attribution
     from tda.task import CausalLM
 
     _config, workspace = toy
@@ -358,6 +359,15 @@ def test_a_run_of_sgd_needs_no_optimizer_state(tmp_path):
     workspace = Workspace(tmp_path)
     run_stages(config, workspace, "prepare", "train", "segments", "curvature", "gradients", "scores")
     assert read_json(workspace.training, stage="train")["momentum"] == 0.9
+    trajectory = pl.read_parquet(workspace.trajectory)
+    assert trajectory["gradient_scale"].min() < 0.9  # clipping shortens steps, but not their weight decay
+    decayed = trajectory["learning_rate"] * 0.1
+    for held in load_attribution(config, workspace, load_documents(workspace.documents)).dynamics:
+        segment = load_segments(workspace)[held.index]
+        expected = decayed[segment.first_step - 1 : segment.last_step].sum() / (1 - 0.9)
+        assert held.time * held.weight_decay == pytest.approx(expected)
+    run = load_run(workspace, needs_moments=False)
+    assert run.learning_rates.sum() * run.optimizer.weight_decay == pytest.approx(decayed.sum())
     assert load_segments(workspace)[0].mean_learning_rate > 1  # 0.3 with warm-up, over 1 - 0.9
 
 

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
+import torch
 
-from tda.segments import document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
+from tda.segments import (
+    document_exposure,
+    effective_learning_rates,
+    effective_weight_decay,
+    make_segments,
+    rows_seen,
+    segment_ends,
+)
+from tda.spectral import segment_decay, segment_response
 from tda.train import Step, StepResult, trajectory_table
 
 
@@ -63,6 +72,31 @@ def test_momentum_and_clipping_change_the_rates_of_sgd_alone():
     table = trajectory([[0]] * 2, [0.1, 0.2], scale=0.5)
     np.testing.assert_allclose(effective_learning_rates(table, optimizer="sgd", momentum=0.9), [0.5, 1.0])
     np.testing.assert_allclose(effective_learning_rates(table, optimizer="adamw", momentum=0.9), [0.1, 0.2])
+
+
+def test_clipping_shortens_gradients_and_not_the_decay_that_is_added_to_them():
+    """Against torch: what is left at the end of a change of the weights, and of one of every gradient, where curvature is 0."""
+    length, decay, momentum, num_steps, rate = 4.0, 0.2, 0.5, 400, 0.01
+
+    def end(start: float, push: float) -> float:
+        """The weight across the gradient; the gradient along the other weight is clipped to a quarter."""
+        weights = torch.tensor([0.0, start], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([weights], lr=rate, momentum=momentum, weight_decay=decay)
+        for _ in range(num_steps):
+            weights.grad = torch.tensor([length, push], dtype=torch.float64)
+            torch.nn.utils.clip_grad_norm_([weights], 1.0)
+            optimizer.step()
+        return weights[1].item()
+
+    table = trajectory([[0]] * num_steps, [rate] * num_steps, scale=1 / length)
+    time = effective_learning_rates(table, optimizer="sgd", momentum=momentum).sum()
+    w = effective_weight_decay(table, optimizer="sgd", weight_decay=decay)
+    flat = torch.zeros(1, dtype=torch.float64)
+    assert segment_decay(time, weight_decay=w)(flat).item() == pytest.approx(end(1.0, 0.0), rel=0.01)
+    assert segment_response(time, weight_decay=w)(flat).item() == pytest.approx(-end(0.0, 1e-3) / 1e-3, rel=0.01)
+    assert effective_weight_decay(table, optimizer="adamw", weight_decay=decay) == decay
+    still = trajectory([[0]], [0.0])
+    assert effective_weight_decay(still, optimizer="sgd", weight_decay=decay) == decay
 
 
 def test_segments_carry_steps_rates_and_tokens():
