@@ -91,9 +91,9 @@ def _walk(root: Path) -> dict[str, str]:
         StageError: at least one failed. The message names each, and those that were not started.
     """
     needs = graph.load_graph(root)
-    device = load_config(root / "params.yaml").compute.device
+    compute = load_config(root / "params.yaml").compute
     num_parts = Counter(stage.split("@")[0] for stage in needs if "@" in stage)
-    slots = {name: Slots(environments(count, device=device)) for name, count in num_parts.items()}
+    slots = {name: Slots(environments(count, compute)) for name, count in num_parts.items()}
     futures, stopped = {}, threading.Event()
     try:
         for stage, needed in needs.items():

@@ -10,6 +10,8 @@ import queue
 import subprocess
 from collections.abc import Iterator
 
+from tda.config import Compute
+
 
 class Slots:
     """A queue of environments, one for each slot."""
@@ -29,14 +31,14 @@ class Slots:
             self._free.put(environment)
 
 
-def environments(num_parts: int, *, device: str) -> list[dict[str, str]]:
-    """The slots for `num_parts` parts on this machine; `device` is `compute.device`."""
-    gpus = [] if device == "cpu" else visible_gpus()
+def environments(num_parts: int, compute: Compute) -> list[dict[str, str]]:
+    """The slots for `num_parts` parts on this machine; together they have as many workers as `compute.workers` allows."""
+    gpus = [] if compute.device == "cpu" else visible_gpus()
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-    cores = len(os.sched_getaffinity(0))
-    places = max(1, min(cores, num_parts))
-    return [{"TDA_WORKERS": str(cores // places)}] * places
+    workers = compute.workers or len(os.sched_getaffinity(0))
+    places = max(1, min(workers, num_parts))
+    return [{"TDA_WORKERS": str(workers // places)}] * places
 
 
 def visible_gpus() -> list[str]:

@@ -15,7 +15,7 @@ from flows import deps, graph
 from flows.settings import override, read_yaml
 from flows.slots import Slots, environments, parse_gpus
 from tda.artifacts import Workspace
-from tda.config import Config, load_config
+from tda.config import Compute, Config, load_config
 from tda.pipeline import STAGES
 from tests.processes import wait_until
 
@@ -421,10 +421,13 @@ def test_two_flows_in_one_workspace_are_refused(toy):
 def test_slots_are_gpus_or_shares_of_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc")
-    assert environments(6, device="auto") == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-abc"}]
-    assert environments(1, device="cpu") == [{"TDA_WORKERS": str(cores)}]
+    compute = Compute(device="auto", workers=0, factor_gib=0.0, compile="auto")
+    assert environments(6, compute) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "GPU-abc"}]
+    assert environments(1, compute.model_copy(update={"device": "cpu"})) == [{"TDA_WORKERS": str(cores)}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert environments(10 * cores, device="auto") == [{"TDA_WORKERS": "1"}] * cores
+    assert environments(10 * cores, compute) == [{"TDA_WORKERS": "1"}] * cores
+    assert environments(6, compute.model_copy(update={"workers": 5})) == [{"TDA_WORKERS": "1"}] * 5
+    assert environments(2, compute.model_copy(update={"workers": 5})) == [{"TDA_WORKERS": "2"}] * 2
 
 
 def test_gpus_are_read_from_the_driver_s_list():
