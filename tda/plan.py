@@ -185,10 +185,11 @@ def clock(seconds: Number) -> str:
     """Seconds in words: 8.1 s, 3 min 20 s, 5 h 12 min, 3.4 days."""
     if seconds < 100:
         return f"{seconds:.1f} s"
-    if seconds < 5400:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    if seconds < 48 * 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    whole = round(seconds)
+    if whole < 5400:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{seconds / 86400:.1f} days"
 
 

@@ -347,7 +347,15 @@ def test_a_rate_that_is_no_number_is_wrong_usage(capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(8.14, "8.1 s"), (200, "3 min 20 s"), (7200 * 2 + 720, "4 h 12 min"), (3.4 * 86400, "3.4 days")]
+    ("seconds", "words"),
+    [
+        (8.14, "8.1 s"),
+        (200, "3 min 20 s"),
+        (119.7, "2 min 0 s"),
+        (5399.8, "1 h 30 min"),
+        (7200 * 2 + 720, "4 h 12 min"),
+        (3.4 * 86400, "3.4 days"),
+    ],
 )
 def test_seconds_in_words(seconds, words):
     assert clock(seconds) == words
