@@ -342,9 +342,8 @@ def key(style: str) -> Markup:
 def trend(values: Sequence[tuple[str, Number]], *, limit: Number, width: int) -> Markup:
     """A share over the audits, the newest on the right, with its limit."""
     shown = values[-30:]
-    frame = Frame(
-        46, 12, WIDE - 20, 150, (-0.5, max(len(shown) - 0.5, 0.5)), (0.0, max(limit, *(share for _, share in shown)) * 1.12)
-    )
+    top = max(limit, *(share for _, share in shown)) * 1.12 or 1.0
+    frame = Frame(46, 12, WIDE - 20, 150, (-0.5, max(len(shown) - 0.5, 0.5)), (0.0, top))
     parts = _left_axis(frame, 3, percent=True)
     parts.append(_line(frame.left, frame.bottom, frame.right, frame.bottom, "axis"))
     parts += [

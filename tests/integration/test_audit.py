@@ -81,6 +81,12 @@ def test_each_limit_fails_the_audit_alone(fake, limits, changes, name):
     assert "Failed: a limit was passed" in result.report.read_text()
 
 
+def test_an_audit_that_allows_no_harm_and_finds_none(fake):
+    result = run(limited(fake, max_share_harmful=0.0), scored_documents(fake, shift=1.0))
+    assert checks(result)["share_harmful"].value == 0
+    assert result.passed
+
+
 def test_a_document_without_a_score_fails_the_audit(fake):
     scored = scored_documents(fake).with_columns(
         score=pl.when(pl.col("doc_id") == pl.col("doc_id").min()).then(float("nan")).otherwise("score")
