@@ -155,7 +155,7 @@ class Condition:
 def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     """The verdict on comparisons in the order of `COMPARISONS`; `changed` says whether the curated data differ at all."""
     against_all, against_random, general = comparisons[:3]
-    percent = f"{100 * rule.confidence:.3g}%"
+    percent = f"{100 * rule.confidence:.6g}%"
     limit = rule.max_general_loss_increase
     conditions = [
         Condition(

@@ -61,6 +61,7 @@ def build_report(workspace: Workspace, config: Config) -> str:
         title=config.report.title,
         config=config,
         verdict=verdict,
+        confidence=_confidence(verdict),
         metrics=metrics,
         counts=counts,
         training=training,
@@ -95,6 +96,11 @@ def method_name(method: str) -> str:
     return METHOD_NAMES.get(method, label(method))
 
 
+def _confidence(verdict: dict) -> str:
+    """As a percentage, all its digits: 99.5% is not 100%."""
+    return f"{100 * verdict['confidence']:.6g}%"
+
+
 def _plot(workspace: Workspace, name: str) -> pl.DataFrame:
     text_columns = {"source": pl.String, "doc_id": pl.String, "kind": pl.String} if name != "recall_curve" else {}
     return pl.read_csv(
@@ -105,7 +111,7 @@ def _plot(workspace: Workspace, name: str) -> pl.DataFrame:
 def _tiles(verdict: dict, metrics: dict, counts: dict, config: Config) -> list[dict]:
     """The key numbers, each with what it means."""
     against_all, against_random, general = verdict["comparisons"][:3]
-    confidence = f"{verdict['confidence']:.0%}"
+    confidence = _confidence(verdict)
 
     def change(c: dict, title: str, good: bool, also: str = "") -> dict:
         note = f"{confidence} interval {signed(c['low'])} to {signed(c['high'])}{also}"

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 from html.parser import HTMLParser
@@ -129,6 +130,15 @@ def test_page_of_a_rejected_run_says_so(tmp_path):
     page = build_report(fake.workspace, fake.config)
     assert "Rejected: keep training on all data" in page
     assert "the gain against all data is not certain" in page
+
+
+def test_a_confidence_is_shown_with_all_its_digits(tmp_path):
+    fake = fake_workspace(tmp_path, num_documents=200)
+    verdict = json.loads(fake.workspace.verdict.read_text())
+    write_json(fake.workspace.verdict, verdict | {"confidence": 0.9995})
+    page = build_report(fake.workspace, fake.config)
+    assert "over the whole 99.95% interval" in page
+    assert "100% interval" not in page
 
 
 def test_losses_that_were_not_recorded_leave_the_learning_rate(tmp_path):
