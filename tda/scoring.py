@@ -175,7 +175,7 @@ def _fitted_from_rows(
                 for old in workspace.store.glob(f"curvature_{segment.index}_*"):
                     old.unlink()
                 save_factors(path, replace(factors, plain=plain))
-    return load_factors(path)
+    return replace(factors, plain=load_factors(path).plain)  # all else may be newer than what is kept
 
 
 def store_dot(config: Config, workspace: Workspace, attribution: Attribution, doc_ids: list[str]) -> RowDot:

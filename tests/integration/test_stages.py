@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tda.artifacts import Workspace, read_json, write_json, write_table
 from tda.config import CURATION_METHODS, Config
 from tda.data import load_documents
 from tda.dynamics import curvature_rows, load_exposure, load_segments
-from tda.factors import load_factors
+from tda.factors import load_factors, save_factors
 from tda.query import answer
 from tda.recorded import load_run
 from tda.scoring import load_attribution
@@ -341,6 +342,9 @@ def test_curvature_from_the_stored_rows(toy, monkeypatch):
             assert torch.equal(factors.Lambda, attribution.factors[0].plain[name].Lambda)
     monkeypatch.delattr("tda.scoring.row_curvature")  # a query finds what `scores` has fitted
     assert answer("The list of a set", config=config, workspace=workspace)["helped"]
+    assert held.P
+    save_factors(workspace.curvature(0), replace(held, P={}))  # as `curvature` does after curvature.adam was set to none
+    assert not load_attribution(config, workspace, documents).factors[0].P
 
 
 @pytest.mark.parametrize("adam", ["none", "symmetric"])
