@@ -76,15 +76,15 @@ class Workspace:
 
     @property
     def trajectory(self) -> Path:
-        """Every optimizer step: step, learning_rate, stage, loss, documents (row numbers)."""
+        """A row per optimizer step (columns: tda/README.md)."""
         return self._at("train", "trajectory.parquet")
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints 0, 1, ...; and `initial`, the weights before the first step."""
+        """Folder of the checkpoints 0, 1, ..."""
         return self._at("train", "checkpoints")
 
-    def checkpoint(self, index: int | str) -> Path:
+    def checkpoint(self, index: int) -> Path:
         """One checkpoint: `model/` by `save_pretrained`, `mean.safetensors`, `optimizer.safetensors`, `state.json`."""
         return self.checkpoints / str(index)
 

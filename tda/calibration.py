@@ -252,7 +252,6 @@ def calibrate(
     documents = sample.documents
     if flops is None:
         passes = _passes(config, sample, steps, workers=workers)
-        rates = passes.rates | {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)}
     else:  # another machine: no pass is run
         rates = dict.fromkeys((*PASSES, "eigh", "algebra"), flops)
         passes = _Passes(rates, slowdown=1.0, alone=1.0, cores=float(workers), fork=0.0, worker_bytes=0)
@@ -268,10 +267,6 @@ def calibrate(
     return Machine(
         name="this machine, measured now" if flops is None else f"a machine of {flops:.3g} operations a second",
         workers=workers,
-        rates=rates,
-        slowdown=passes.slowdown,
-        alone=passes.alone,
-        cores=passes.cores,
         disk=disk,
         stored=stored,
         scanned=scanned,
@@ -280,10 +275,9 @@ def calibrate(
         load_bytes=load_bytes,
         words=words,
         startups=startups,
-        fork=passes.fork,
-        worker_bytes=passes.worker_bytes,
         free_memory=free_memory(),
         free_disk=shutil.disk_usage(folder).free,
+        **vars(passes),
     )
 
 
@@ -299,7 +293,7 @@ def given(machine: Machine, *, disk: float | None, memory: float | None) -> Mach
 
 @dataclass(frozen=True)
 class _Passes:
-    """What timing the passes shows of this machine; see the fields of `Machine`."""
+    """What timing the passes shows of this machine: those fields of `Machine`."""
 
     rates: dict[str, float]
     slowdown: float
@@ -339,8 +333,9 @@ def _passes(config: Config, sample: Sample, steps: Sequence[Step], *, workers: i
     alone = max(1.0, (time.perf_counter() - began) / (time.process_time() - start))
     working = sum(seconds + seconds / repeats for seconds, repeats, _clock, _bytes in outcome)
     each = sum(seconds / repeats for seconds, repeats, _clock, _bytes in outcome) / len(outcome)
+    rates = {name: flops / spent[name] for name, (_action, flops) in actions.items()}
     return _Passes(
-        rates={name: flops / spent[name] for name, (_action, flops) in actions.items()},
+        rates=rates | {"eigh": _eigh_rate(sample.whole), "algebra": matrix_rate(sample.whole)},
         slowdown=max(1.0, each / spent["rows"]),
         alone=alone,
         cores=sum(seconds / clock for seconds, _repeats, clock, _bytes in outcome),

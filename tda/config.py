@@ -34,9 +34,9 @@ PartNumbers = Annotated[list[StrictInt], Field(min_length=1), AfterValidator(_in
 
 
 class Section(BaseModel):
-    """A section of `params.yaml`; frozen, and an unknown key or a number that is not finite is an error."""
+    """A section of `params.yaml`; frozen. An unknown key, a number that is not finite, or true as a number is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -32,6 +32,7 @@ from tda.trajectory import Run
 VALUES_AT_ONCE = 2**23  # values in the largest tensor of a Gauss-Newton product, over the queries that are multiplied together
 
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 FromZero = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
@@ -47,9 +48,7 @@ class Settings:
     layers: str = EVERY_LAYER  # which linear layers are tracked: a regular expression that matches the whole name
     adam: Literal["scalar", "symmetric", "diagonal", "none"] = "scalar"  # how AdamW enters the curvature (`preconditioner.py`)
     damping: Positive = 0.1  # ekfac_influence: in mean eigenvalues of each layer
-    counterfactual_end: Annotated[float, Field(gt=0, le=1)] = (
-        0.5  # averaged_influence, surrogate: steps of a retraining / the run
-    )
+    counterfactual_end: Share = 0.5  # averaged_influence, surrogate: steps of a retraining / the run
     damping_scale: FromZero = 4.0  # averaged_influence: its damping in units of 1/(eta_bar K)
     rounds: Count = 3  # averaged_influence: rounds of block Krylov
     solver_terms: CountFromZero = 8192  # averaged_influence: terms of the loss in the Gauss-Newton matrix; 0: all

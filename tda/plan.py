@@ -66,13 +66,13 @@ def make_plan(
     machine = calibrate(config, sample, run.steps, workers=workers, folder=workspace.root, flops=flops)
     machine = given(machine, disk=disk, memory=memory)
     stages = estimates(config, corpus, run, sample, machine)
-    whole = sample.whole
+    model = costs.tracking(sample.whole, config.curvature.layers)
     facts = {
-        "parameters": whole.parameters,
-        "tracked_layers": len(costs.tracking(whole, config.curvature.layers).tracked),
-        "row_values": costs.row_values(costs.tracking(whole, config.curvature.layers), rank=config.gradients.rank),
+        "parameters": model.parameters,
+        "tracked_layers": len(model.tracked),
+        "row_values": costs.row_values(model, rank=config.gradients.rank),
         "blocks_calibrated": len(sample.shapes.attention),
-        "blocks": len(whole.attention),
+        "blocks": len(model.attention),
         "documents": len(corpus.documents),
         "tokens": int(corpus.documents.lengths.sum()),
         "steps": len(run.steps),

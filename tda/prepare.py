@@ -250,11 +250,15 @@ def _fit(encoded: dict[str, Encoded], *, halves: dict[str, str], config: Prepare
                 seen.add(digest)
                 fresh.append(row)
         group = {row.document.id: f"{halves.get(row.origin, '')}/{row.document.source}" for row in fresh}
-        salt = f"rows/{config.seed}"
-        key, source = (lambda row: row.document.id), (lambda row, group=group: group[row.document.id])
-        part = lambda row: row.document.part  # noqa: E731  beside its two siblings
-        some, rest = draw_by_part(fresh, limits[name] or len(fresh), key=key, source=source, part=part, salt=salt)
-        kept[name] = sorted(some, key=key)
+        some, rest = draw_by_part(
+            fresh,
+            limits[name] or len(fresh),
+            key=lambda row: row.document.id,
+            source=lambda row, group=group: group[row.document.id],
+            part=lambda row: row.document.part,
+            salt=f"rows/{config.seed}",
+        )
+        kept[name] = sorted(some, key=lambda row: row.document.id)
         dropped[f"{name}_same_text"] = len(encoded[name].rows) - len(fresh)
         dropped[f"{name}_beyond_number"] = len(rest)
         _check_rows(kept[name], name=name)

@@ -10,7 +10,6 @@ lancedb and lance are imported inside functions: they start threads, and a stage
 import contextlib
 import errno
 import json
-import math
 import mmap
 import re
 import shutil
@@ -117,15 +116,12 @@ class GradientTable:
                 f"{free / 1e9:.2f} GB are free; free some space, or lower gradients.rank, and run the same command again",
             )
 
-    def upsert(self, rows: Rows) -> None:
-        """Commit `rows`; a document that is in the table already gets its row replaced."""
-        self.write([rows], chunk_seconds=math.inf)
-
     def write(self, stream: Iterable[Rows], *, chunk_bytes: int = CHUNK_BYTES, chunk_seconds: float = CHUNK_SECONDS) -> int:
         """Number of rows of `stream`, all written: a commit whenever a chunk is full or old enough, and at the end.
 
-        What was committed stays, whatever happens later: `present` tells a new run what is left to do. Refused are rows of
-        another width, repeated documents and numbers that are not finite (ValueError), and a full disk (OSError).
+        The row of a document that is in the table already is replaced. What was committed stays, whatever happens later:
+        `present` tells a new run what is left to do. Refused are rows of another width, repeated documents and numbers that are
+        not finite (ValueError), and a full disk (OSError).
         """
         pending: set[str] = set()
         batches: list[pa.RecordBatch] = []

@@ -27,7 +27,7 @@ def attempt(folder: Path, report: int) -> None:
     os.write(report, f"R {len(have)}\n".encode())
     missing = [doc for doc in IDS if doc not in have]
     for start in range(0, len(missing), PER_COMMIT):
-        table.upsert(make_rows(missing[start : start + PER_COMMIT], dim=DIM))
+        table.write([make_rows(missing[start : start + PER_COMMIT], dim=DIM)])
         os.write(report, f"C {len(table)}\n".encode())
     os.write(report, b"S 0\n")
     manifest = folder / "manifest.json"

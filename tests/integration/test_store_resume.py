@@ -34,7 +34,7 @@ def test_a_writer_killed_again_and_again_ends_with_the_same_rows(tmp_path):
 
 def test_unfinished_files_go_when_the_table_is_opened_again(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     left_over = table_path(tmp_path, table.name) / "data" / ".tmp0123456789abcdef"
     uncommitted = left_over.with_name("0" * 24 + "abcdef0123456789abcdef0123.lance")
     left_over.write_bytes(b"half a file")
@@ -49,7 +49,7 @@ def test_a_folder_that_was_never_a_table_is_made_one(tmp_path):
     name = open_for_writing(tmp_path / "other").name
     (table_path(tmp_path, name) / "data").mkdir(parents=True)
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     assert lancedb.connect(tmp_path).open_table(name).count_rows() == len(IDS)
 
 
@@ -58,16 +58,16 @@ def check_full_disk(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(store_module.GradientTable, "check_space", lambda *_: None)  # the disk itself is to refuse
     table = open_for_writing(folder, dim=DIM)
     with pytest.raises(OSError, match=r"no space left while writing .*; the rows committed before are safe: free some"):
-        table.upsert(make_rows([f"too-much-{number}" for number in range(300)], dim=DIM))
+        table.write([make_rows([f"too-much-{number}" for number in range(300)], dim=DIM)])
     assert table.present().keys() == set(IDS[:8])
     assert not list(table_path(folder, table.name).glob("data/.tmp*"))
-    table.upsert(make_rows(IDS[8:16], dim=DIM))
+    table.write([make_rows(IDS[8:16], dim=DIM)])
     manifest = table.seal(documents_of(IDS[:16]))
     assert len(open_sealed(folder, manifest)) == 16
 
 
 def test_a_file_size_limit_leaves_the_store_whole(tmp_path, monkeypatch):
-    open_for_writing(tmp_path, dim=DIM).upsert(make_rows(IDS[:8], dim=DIM))
+    open_for_writing(tmp_path, dim=DIM).write([make_rows(IDS[:8], dim=DIM)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
@@ -82,9 +82,9 @@ def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
         pytest.skip(f"no right to mount a small disk: {mounted.stderr.decode().strip()}")
     try:
         with pytest.raises(OSError, match=r"need 0\.07 GB, 0\.00 GB are free"):
-            open_for_writing(tmp_path, dim=DIM).upsert(make_rows(IDS[:8], dim=DIM))
+            open_for_writing(tmp_path, dim=DIM).write([make_rows(IDS[:8], dim=DIM)])
         monkeypatch.setattr(store_module, "SPARE_BYTES", 0)
-        open_for_writing(tmp_path, dim=DIM).upsert(make_rows(IDS[:8], dim=DIM))
+        open_for_writing(tmp_path, dim=DIM).write([make_rows(IDS[:8], dim=DIM)])
         check_full_disk(tmp_path, monkeypatch)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
@@ -92,12 +92,12 @@ def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
 
 def test_a_table_sealed_before_can_be_read_while_it_is_written(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     manifest = table.seal(documents_of(IDS))
     scan = open_sealed(tmp_path, manifest).scan(IDS, block_rows=8)
     next(scan)
     writer = open_for_writing(tmp_path)
-    writer.upsert(make_rows(IDS, version=1))
+    writer.write([make_rows(IDS, version=1)])
     writer.seal(documents_of(IDS, version=1))
     assert sum(len(rows) for _, rows in scan) == len(IDS) - 8
     assert open_sealed(tmp_path, manifest).digest(IDS) == manifest["digest"]

@@ -21,7 +21,7 @@ def write_documents(workspace: Workspace, ids: list[str], *, version: int = 0) -
 
 def write_rows(workspace: Workspace, checkpoint: int, *, version: int = 0, seal: bool = True, **changes) -> dict:
     table = open_table(workspace.store, checkpoint=checkpoint, segment=0, identity=IDENTITY | changes, dim=DIM, dtype="float16")
-    table.upsert(make_rows(IDS, version=version))
+    table.write([make_rows(IDS, version=version)])
     if not seal:
         return {"table": table.name}
     manifest = table.seal(documents_of(IDS, version))
@@ -200,7 +200,7 @@ def test_rows_whose_manifest_is_to_come_stay_and_abandoned_ones_go(workspace):
 
 def test_rows_written_since_the_last_seal_stay(workspace):
     table = open_table(workspace.store, checkpoint=0, segment=0, identity=IDENTITY, dim=DIM, dtype="float16")
-    table.upsert(make_rows(["new"]))
+    table.write([make_rows(["new"])])
     assert collect_garbage(workspace, dry_run=True) == collect_garbage(workspace) == []
     again = open_table(workspace.store, checkpoint=0, segment=0, identity=IDENTITY, dim=DIM, dtype="float16")
     assert again.present().keys() == {*IDS, "new"}

@@ -125,9 +125,9 @@ def test_the_manifest_does_not_depend_on_order_or_chunks(data):
     dtype = data.draw(st.sampled_from(sorted(ARROW)))
     with tempfile.TemporaryDirectory() as folder:
         plain = open_for_writing(Path(folder, "plain"), dtype=dtype)
-        plain.upsert(make_rows(ids))
+        plain.write([make_rows(ids)])
         table = open_for_writing(Path(folder, "chunks"), dtype=dtype)
-        table.upsert(make_rows(repeated, version=1))  # rows of older content, to be replaced
+        table.write([make_rows(repeated, version=1)])  # rows of older content, to be replaced
         ends = np.minimum(np.cumsum([*sizes, len(order)]), len(order))
         stream = (make_rows(order[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True) if end > start)
         table.write(stream, chunk_bytes=data.draw(st.integers(1, 500)))

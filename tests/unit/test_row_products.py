@@ -39,7 +39,7 @@ def small_blocks(monkeypatch, *, dtype: str, rows: int = 16, dim: int = DIM) -> 
 def test_dot_scores_are_the_dot_products(tmp_path, monkeypatch, dtype, threads):
     small_blocks(monkeypatch, dtype=dtype)
     table = open_for_writing(tmp_path, dtype=dtype)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     queries, asked = some_queries(2000), IDS[::-1]
     expected, scale = plain_scores(table, asked, queries)
     scores = dot_scores(table, asked, queries, threads=threads)
@@ -50,7 +50,7 @@ def test_dot_scores_are_the_dot_products(tmp_path, monkeypatch, dtype, threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_short_arithmetic_rounds_as_it_says(tmp_path, dtype):
     table = open_for_writing(tmp_path, dtype=dtype)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     queries = some_queries(30)
     expected, _ = plain_scores(table, IDS, queries)
     stored = np.abs(gathered(table, IDS).vectors.astype(np.float64))
@@ -72,7 +72,7 @@ def test_dot_scores_depend_neither_on_the_order_of_the_table_nor_on_threads(tmp_
             *([getattr(rows, field)[row] for row in order.tolist()] for field in ("doc_ids", "content_hashes", "sources")),
             *(getattr(rows, field)[order] for field in ("tokens", "losses", "gradient_norms", "vectors")),
         )
-        table.upsert(shuffled)
+        table.write([shuffled])
         scores += [dot_scores(table, ids, queries, threads=threads) for threads in (1, 2)]
     for other in scores[1:]:
         np.testing.assert_array_equal(scores[0], other)
@@ -88,14 +88,14 @@ def test_queries_that_do_not_fit_are_refused(tmp_path):
 
 def test_no_documents_no_scores(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     assert dot_scores(table, [], some_queries(3)).shape == (0, 3)
 
 
 def test_threads_of_torch_are_as_before(tmp_path):
     before = torch.get_num_threads()
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     dot_scores(table, IDS, some_queries(3), threads=2)
     assert torch.get_num_threads() == before
 
@@ -113,7 +113,7 @@ def test_vectors_come_from_the_files_in_whole_blocks(tmp_path, monkeypatch, dtyp
     small_blocks(monkeypatch, dtype=dtype, dim=dim)
     table = open_for_writing(tmp_path, dim=dim, dtype=dtype)
     for start in range(0, 50, 20):
-        table.upsert(make_rows(IDS[start : start + 20], dim=dim))
+        table.write([make_rows(IDS[start : start + 20], dim=dim)])
     queries = some_queries(5, dim)
     with monkeypatch.context() as patched:
         patched.setattr(table, "_extents", list)
@@ -159,7 +159,7 @@ def test_past_the_cache_whole_blocks_of_the_disk_are_read_to_where_they_are_used
 def test_a_file_system_that_has_only_cached_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(row_files, "free_memory", lambda: 0)
     table = open_for_writing(tmp_path, dim=500)
-    table.upsert(make_rows(IDS, dim=500))
+    table.write([make_rows(IDS, dim=500)])
     queries = some_queries(5, 500)
     expected = dot_scores(table, IDS, queries)
     opened = opened_files(monkeypatch, refused=os.O_DIRECT)
@@ -177,9 +177,9 @@ class _WithoutVectors:
 
 def test_after_rows_were_replaced_lance_reads(tmp_path):
     table = open_for_writing(tmp_path, dim=500)
-    table.upsert(make_rows(IDS, dim=500))
+    table.write([make_rows(IDS, dim=500)])
     assert table._extents()
-    table.upsert(make_rows(IDS[:2], dim=500, version=1))
+    table.write([make_rows(IDS[:2], dim=500, version=1)])
     assert table._extents() == []
     queries = some_queries(3, 500)
     expected, scale = plain_scores(table, IDS, queries)
@@ -188,7 +188,7 @@ def test_after_rows_were_replaced_lance_reads(tmp_path):
 
 def test_a_layout_that_only_looks_right_is_noticed(tmp_path):
     table = open_for_writing(tmp_path, dim=500)
-    table.upsert(make_rows(IDS, dim=500))
+    table.write([make_rows(IDS, dim=500)])
     extents = table._extents()
     assert table._are_plain(extents)
     shifted = [Extent(extent.path, extent.offset + 2, extent.first, extent.num_rows) for extent in extents]
@@ -199,7 +199,7 @@ def test_a_layout_that_only_looks_right_is_noticed(tmp_path):
 def test_a_file_that_ends_early_is_said(tmp_path, monkeypatch, memory):
     monkeypatch.setattr(row_files, "free_memory", lambda: memory)
     table = open_for_writing(tmp_path, dim=500)
-    table.upsert(make_rows(IDS, dim=500))
+    table.write([make_rows(IDS, dim=500)])
     (extent,) = table._extents()
     size = extent.path.stat().st_size
     far = Extent(extent.path, size - 1000, 0, 50)
@@ -236,7 +236,7 @@ def test_a_device_gets_each_block_once_as_it_is_stored(tmp_path, monkeypatch, dt
     """The path of a GPU, run on the CPU: the same scores, a copy there and one back for each block, and nothing else moves."""
     small_blocks(monkeypatch, dtype=dtype)
     table = open_for_writing(tmp_path, dtype=dtype)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     queries, asked = some_queries(7), IDS[:num]
     expected = dot_scores(table, asked, queries)
     copies = CountedCopies(monkeypatch)
@@ -255,7 +255,7 @@ def test_a_gpu_gives_the_scores_of_the_processor(tmp_path, monkeypatch):
     for dtype in DTYPES:
         small_blocks(monkeypatch, dtype=dtype)
         table = open_for_writing(tmp_path / dtype, dtype=dtype)
-        table.upsert(make_rows(IDS))
+        table.write([make_rows(IDS)])
         queries = some_queries(7)
         expected, scale = plain_scores(table, IDS, queries)
         assert (np.abs(dot_scores(table, IDS, queries, device="cuda") - expected) <= DIM * 2**-22 * scale).all()
@@ -263,5 +263,5 @@ def test_a_gpu_gives_the_scores_of_the_processor(tmp_path, monkeypatch):
 
 def test_the_tables_file_is_where_the_extents_say(tmp_path):
     table = open_for_writing(tmp_path, dim=500)
-    table.upsert(make_rows(IDS, dim=500))
+    table.write([make_rows(IDS, dim=500)])
     assert {extent.path.parent for extent in table._extents()} == {table_path(tmp_path, table.name) / "data"}

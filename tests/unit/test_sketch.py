@@ -29,7 +29,7 @@ def decaying(ids: list[str], *, seed: int = 0, rank: int = DIM) -> Rows:
 
 def sealed(folder, rows: Rows, *, dtype: str = "float16"):
     table = open_for_writing(folder, dim=DIM, dtype=dtype)
-    table.upsert(rows)
+    table.write([rows])
     manifest = table.seal(documents_of(rows.doc_ids))
     return open_sealed(folder, manifest), manifest
 

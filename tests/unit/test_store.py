@@ -23,7 +23,7 @@ DTYPES = ["float16", "bfloat16", "int8", "float32"]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_come_back_at_the_positions_asked_for(tmp_path, dtype):
     table = open_for_writing(tmp_path, dtype=dtype)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     asked = IDS[::-3]
     expected = make_rows(asked)
 
@@ -42,7 +42,7 @@ def test_rows_come_back_at_the_positions_asked_for(tmp_path, dtype):
 
 def test_columns_without_vectors(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     rows = gathered(table, IDS, with_vectors=False)
     assert rows.vectors.shape == (len(IDS), 0)
     np.testing.assert_array_equal(rows.losses, make_rows(IDS).losses)
@@ -51,13 +51,13 @@ def test_columns_without_vectors(tmp_path):
 def test_nothing_asked_nothing_scanned(tmp_path):
     table = open_for_writing(tmp_path)
     assert list(table.scan([])) == []
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     assert list(table.scan([])) == []
 
 
 def test_the_table_is_one_of_lancedb_and_can_be_searched(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     opened = lancedb.connect(tmp_path).open_table(table.name)
     query = make_rows(["doc-17"]).vectors[0]
     query /= np.linalg.norm(query)
@@ -68,10 +68,10 @@ def test_the_table_is_one_of_lancedb_and_can_be_searched(tmp_path):
 
 def test_upsert_replaces_what_changed_and_leaves_the_rest(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     files = {file.name for file in table_path(tmp_path, table.name).glob("data/*")}
 
-    table.upsert(make_rows([*IDS[:2], "new"], version=1))
+    table.write([make_rows([*IDS[:2], "new"], version=1)])
 
     assert len(table) == len(IDS) + 1
     assert table.present() == dict(documents_of(IDS[2:])) | dict(documents_of([*IDS[:2], "new"], version=1))
@@ -81,12 +81,12 @@ def test_upsert_replaces_what_changed_and_leaves_the_rest(tmp_path):
 
 def test_new_documents_are_appended_beside_a_sealed_version(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     first = table.seal(documents_of(IDS))
 
     again = open_for_writing(tmp_path)
     assert again.present().keys() == set(IDS)
-    again.upsert(make_rows(["new"]))
+    again.write([make_rows(["new"])])
     second = again.seal(documents_of([*IDS, "new"]))
 
     assert len(open_sealed(tmp_path, first)) == len(IDS)
@@ -97,12 +97,12 @@ def test_new_documents_are_appended_beside_a_sealed_version(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_manifest_is_a_function_of_the_rows(tmp_path, dtype):
     plain = open_for_writing(tmp_path / "plain", dtype=dtype)
-    plain.upsert(make_rows(IDS))
+    plain.write([make_rows(IDS)])
     expected = plain.seal(documents_of(IDS), layers=["a"])
 
     table = open_for_writing(tmp_path / "other", dtype=dtype)
-    table.upsert(make_rows([*IDS[30:], "removed since"]))
-    table.upsert(make_rows(IDS[:10], version=1))
+    table.write([make_rows([*IDS[30:], "removed since"])])
+    table.write([make_rows(IDS[:10], version=1)])
     table = open_for_writing(tmp_path / "other", dtype=dtype)
     table.write((make_rows([doc]) for doc in IDS[:30]), chunk_bytes=200)
 
@@ -125,7 +125,7 @@ def test_digest_notices_a_change_in_any_column(tmp_path, column, dtype):
             values = getattr(rows, column)
             values[7] = values[8]
         table = open_for_writing(tmp_path / name, dtype=dtype)
-        table.upsert(rows)
+        table.write([rows])
         digests.append(table.digest(IDS))
     assert digests[0] != digests[1]
 
@@ -161,26 +161,26 @@ def test_numbers_that_are_not_finite_are_refused_by_document(tmp_path, bad, colu
     getattr(rows, column)[[4, 9]] = bad
     table = open_for_writing(tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match=r"checkpoint 3: .* of 2 documents is not finite: doc-4, doc-9; expected"):
-        table.upsert(rows)
+        table.write([rows])
     assert len(table) == 0
 
 
 def test_a_document_twice_is_refused(tmp_path):
     table = open_for_writing(tmp_path)
     with pytest.raises(ValueError, match="document doc-1 comes twice"):
-        table.upsert(make_rows(["doc-0", "doc-1", "doc-1"]))
+        table.write([make_rows(["doc-0", "doc-1", "doc-1"])])
     with pytest.raises(ValueError, match="document doc-1 comes twice"):
         table.write([make_rows(["doc-1"]), make_rows(["doc-0", "doc-1"])])
 
 
 def test_rows_of_another_width_are_refused(tmp_path):
     with pytest.raises(ValueError, match="vectors of 25 numbers; expected one row of 24 numbers"):
-        open_for_writing(tmp_path).upsert(make_rows(IDS, dim=25))
+        open_for_writing(tmp_path).write([make_rows(IDS, dim=25)])
 
 
 def test_a_store_of_other_weights_is_refused(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     manifest = table.seal(documents_of(IDS))
     open_sealed(tmp_path, manifest, identity=IDENTITY)
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_another_segment_is_another_table(tmp_path):
 
 def test_missing_table_tag_and_rows_name_the_stage(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     manifest = table.seal(documents_of(IDS))
     remedy = "run `dvc repro --force gradients@3`"
     with pytest.raises(FileNotFoundError, match=f"has no version run-0, .*{remedy}"):
@@ -225,14 +225,14 @@ def test_missing_table_tag_and_rows_name_the_stage(tmp_path):
 
 def test_sealing_needs_every_document(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     with pytest.raises(ValueError, match=r"2 of 51 documents have no row of their present content, doc-0 first"):
         table.seal([("doc-0", "other"), *documents_of(IDS[1:]), ("new", "hash")])
 
 
 def test_scanning_needs_every_document_once(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows(IDS))
+    table.write([make_rows(IDS)])
     with pytest.raises(ValueError, match=r"1 of 2 documents do not have one row, new first \(0 rows\); run"):
         list(table.scan(["doc-1", "new"]))
     with pytest.raises(ValueError, match="asked for 3 rows of 2 documents"):
@@ -241,11 +241,11 @@ def test_scanning_needs_every_document_once(tmp_path):
 
 def test_rows_that_two_writers_doubled_are_seen_and_made_again(tmp_path):
     table = open_for_writing(tmp_path)
-    table.upsert(make_rows([*IDS, "it's"]))
+    table.write([make_rows([*IDS, "it's"])])
     doubled = table._dataset.to_table().filter(np.array([doc in ("doc-1", "it's") for doc in table.present()]))
     lance.write_dataset(doubled, table_path(tmp_path, table.name), mode="append")
     with pytest.raises(RuntimeError, match="another process writes to it"):
-        table.upsert(make_rows(["new"]))
+        table.write([make_rows(["new"])])
     reader = GradientTable(tmp_path, table.name, table.identity, lance.dataset(table_path(tmp_path, table.name)))
     with pytest.raises(ValueError, match=r"1 of 1 documents do not have one row, doc-1 first \(2 rows\)"):
         list(reader.scan(["doc-1"]))
