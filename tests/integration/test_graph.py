@@ -249,15 +249,23 @@ def test_own_data_are_versioned_by_dvc_and_ignored_by_git(tmp_path):
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=first"]):
         subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
     dvc(tmp_path, "init", "--quiet")
-    (tmp_path / "inputs" / "model").mkdir()
-    for file in ("inputs/rows.jsonl", "inputs/other.jsonl", "inputs/model/config.json"):
+    for file in (
+        "inputs/rows.jsonl",
+        "inputs/other.jsonl",
+        "inputs/model/config.json",
+        "inputs/more/rows.csv",
+        "inputs/more/other.csv",
+    ):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("{}")
-    dvc(tmp_path, "add", "inputs/rows.jsonl", "inputs/model")
+    added = ["inputs/rows.jsonl", "inputs/model", "inputs/more/rows.csv"]
+    dvc(tmp_path, "add", *added)
     new = subprocess.run(
         ["git", "ls-files", "--others", "--exclude-standard"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert {file for file in new.stdout.split() if not file.startswith(".dvc")} == {"inputs/rows.jsonl.dvc", "inputs/model.dvc"}
-    assert set(graph.load_graph(tmp_path)) == {"inputs/rows.jsonl.dvc", "inputs/model.dvc"}
+    files = {f"{path}.dvc" for path in added}
+    assert {file for file in new.stdout.split() if not file.startswith(".dvc")} == files
+    assert set(graph.load_graph(tmp_path)) == files
 
 
 def test_walking_the_graph_leaves_the_same_lock_as_dvc_repro(toy, tmp_path_factory):
