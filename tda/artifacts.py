@@ -312,7 +312,7 @@ def damaged(path: Path, error: Exception, *, stage: str) -> str:
     """The message for a file, made by `stage`, that cannot be read."""
     return (
         f"{path} cannot be read: {str(error).splitlines()[0]}; expected the whole file that stage {stage} wrote; run "
-        f"`dvc checkout --force {path}`, or `dvc repro --force {stage}`"
+        f"`dvc checkout --force {path}`, or `dvc repro --single-item --force {stage}`"
     )
 
 

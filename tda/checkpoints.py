@@ -131,8 +131,8 @@ def load_checkpoint(workspace: Workspace, index: int, *, dtype: torch.dtype = to
     if architecture_digest(model) != expected:
         raise ValueError(
             f"{folder}: a checkpoint of another architecture than the run in {workspace.training}; expected parameters with "
-            f"digest {expected}, got {architecture_digest(model)}; run `dvc repro --force train`, or restore it with "
-            "`dvc checkout --force data/train`"
+            f"digest {expected}, got {architecture_digest(model)}; restore it with `dvc checkout --force data/train`, or run "
+            "`dvc repro --single-item --force train`"
         )
     mean = folder.parent / MEAN_FILE
     if mean.exists():

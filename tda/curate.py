@@ -28,7 +28,8 @@ def curate(scores: pl.DataFrame, config: Curation) -> pl.DataFrame:
     if scores["doc_id"].n_unique() != len(scores):
         twice = scores.filter(pl.col("doc_id").is_duplicated())["doc_id"].min()
         raise ValueError(
-            f"curation: document {twice} has several scores; expected one row per id; run `dvc repro --force scores`"
+            f"curation: document {twice} has several scores; expected one row per id; run "
+            "`dvc repro --single-item --force scores`"
         )
     score = pl.col("score").cast(pl.Float64)
     ranked = (

@@ -113,7 +113,7 @@ def paired_comparison(runs: pl.DataFrame, arm: str, control: str, measure: str, 
     if unpaired or len(pairs) < 2 or pairs["seed"].n_unique() != len(pairs):
         raise ValueError(
             f"evaluation: expected one finite {measure} of arms {arm} and {control} for each of at least two seeds; "
-            f"got {len(pairs)} pairs, without a value in both: seeds {unpaired}; run `dvc repro --force retraining`"
+            f"got {len(pairs)} pairs, without a value in both: seeds {unpaired}; run `dvc repro --single-item --force retraining`"
         )
     low, high = t_interval(differences.to_numpy(), confidence=confidence)
     return {

@@ -362,7 +362,8 @@ class GradientTable:
         wrong = np.flatnonzero(rows != 1)
         raise ValueError(
             f"{self.store}/{self.name}: {len(wrong)} of {len(doc_ids)} documents do not have one row, "
-            f"{doc_ids[wrong[0]]} first ({rows[wrong[0]]} rows); run `dvc repro --force gradients@{self.checkpoint}`"
+            f"{doc_ids[wrong[0]]} first ({rows[wrong[0]]} rows); run "
+            f"`dvc repro --single-item --force gradients@{self.checkpoint}`"
         )
 
 
@@ -408,7 +409,7 @@ def open_sealed(store: Path, manifest: dict[str, Any], *, identity: dict[str, An
 
     name, tag, checkpoint = manifest["table"], manifest["tag"], manifest["checkpoint"]
     fixed = {key: manifest[key] for key in ("checkpoint", "segment", "dim", "dtype")}
-    remedy = f"the store is not versioned, only its manifests are: run `dvc repro --force gradients@{checkpoint}`"
+    remedy = f"the store is not versioned, only its manifests are: run `dvc repro --single-item --force gradients@{checkpoint}`"
     path = table_path(store, name)
     if not _is_table(path):
         raise FileNotFoundError(f"{path} is missing; {remedy}")
@@ -477,7 +478,7 @@ def _readable(path: Path, checkpoint: int) -> Iterator[None]:
         reason = re.sub(r"External error: |LanceError\(\w+\): |, /\S+\.rs:\d+:\d+", "", str(error).partition("\n")[0])
         raise ValueError(
             f"{path} is damaged: its rows cannot be read ({reason}); delete {path} and run "
-            f"`dvc repro --force gradients@{checkpoint}`"
+            f"`dvc repro --single-item --force gradients@{checkpoint}`"
         ) from error
 
 

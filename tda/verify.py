@@ -47,7 +47,7 @@ def _problems(workspace: Workspace, path: Path, documents: list[tuple[str, str]]
             yield (
                 f"{path}: the rows of {manifest['table']} hash to {digest}, the manifest says {manifest['digest']}: the store is "
                 f"damaged; delete {store.table_path(workspace.store, manifest['table'])} and "
-                f"run `dvc repro --force gradients@{manifest['checkpoint']}`"
+                f"run `dvc repro --single-item --force gradients@{manifest['checkpoint']}`"
             )
     except (OSError, ValueError, RuntimeError) as error:
         yield f"{path}: {error}"
@@ -108,7 +108,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not one.
     """
-    remedy = f"run `dvc repro --force gradients@{path.stem}`"
+    remedy = f"run `dvc repro --single-item --force gradients@{path.stem}`"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -366,7 +366,7 @@ def test_a_question_to_a_store_without_the_version_of_the_manifest_is_refused(to
     config, workspace = toy
     manifest = json.loads(workspace.gradients(0).read_text())
     workspace.gradients(0).write_text(json.dumps(manifest | {"tag": "run-none"}))
-    with pytest.raises(FileNotFoundError, match=r"has no version run-none, .*dvc repro --force gradients@0"):
+    with pytest.raises(FileNotFoundError, match=r"has no version run-none, .*dvc repro --single-item --force gradients@0"):
         answer("The boat meets the tide.", config=config, workspace=workspace)
 
 

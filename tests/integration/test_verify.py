@@ -62,7 +62,7 @@ def test_one_changed_byte_is_found(workspace):
     (problem,) = verify(workspace)
     assert "gradients/1.json: the rows of" in problem
     assert "the store is damaged; delete" in problem
-    assert "run `dvc repro --force gradients@1`" in problem
+    assert "run `dvc repro --single-item --force gradients@1`" in problem
 
 
 def test_missing_tables_tags_and_files_are_found(workspace):
@@ -86,7 +86,7 @@ def test_a_truncated_file_is_said_in_words(workspace, kind, share):
         file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     (problem,) = verify(workspace)
     assert f"gradients/1.json: {path} is damaged: its rows cannot be read (" in problem
-    assert problem.endswith(f"); delete {path} and run `dvc repro --force gradients@1`")
+    assert problem.endswith(f"); delete {path} and run `dvc repro --single-item --force gradients@1`")
     assert "LanceError" not in problem
     assert ".rs:" not in problem
     with pytest.raises(ValueError, match="is damaged: its rows cannot be read"):

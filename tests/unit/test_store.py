@@ -214,7 +214,7 @@ def test_missing_table_tag_and_rows_name_the_stage(tmp_path):
     table = open_for_writing(tmp_path)
     table.write([make_rows(IDS)])
     manifest = table.seal(documents_of(IDS))
-    remedy = "run `dvc repro --force gradients@3`"
+    remedy = "run `dvc repro --single-item --force gradients@3`"
     with pytest.raises(FileNotFoundError, match=f"has no version run-0, .*{remedy}"):
         open_sealed(tmp_path, manifest | {"tag": "run-0"})
     with pytest.raises(FileNotFoundError, match=f"has 50 rows at run-.*, the manifest 51; .*{remedy}"):
