@@ -38,7 +38,8 @@ def test_first_audit_has_nothing_to_compare_with(fake):
     assert facts["passed"] is True
     assert facts["previous"] is None
     assert facts["checks"][0]["limit"] == 0
-    assert "no earlier audit" in result.report.read_text()
+    page = result.report.read_text()
+    assert "no earlier audit" in page and "scored by SOURCE" in page
 
 
 def test_second_audit_measures_what_changed(fake):
