@@ -1,6 +1,7 @@
 """`attribute`: scores of training rows for queries, for any model and by any method."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -64,10 +65,11 @@ def _every_layer_called() -> Iterator[None]:
     Code that was compiled before there were hooks does not call them, and neither does the fused form of an encoder layer, whose
     nested tensors have no examples besides.
     """
+    compiled = "torch._dynamo" in sys.modules  # where it is not loaded nothing is, and loading it takes a second
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
