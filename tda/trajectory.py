@@ -168,8 +168,8 @@ class Recorder:
     they were not, and `replay` refuses a run that clipping changed.
 
     Raises:
-        ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, or has a setting that the methods do not
-            support.
+        ValueError: the optimizer is neither `torch.optim.SGD` nor `torch.optim.AdamW`, has a setting that the methods do not
+            support, has taken steps before, or is that of another model.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_steps: int, num_checkpoints: int = 6):
@@ -285,6 +285,11 @@ def _settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
     if not {id(parameter) for parameter in model.parameters()} & {id(one) for group in groups for one in group["params"]}:
         raise ValueError(
             "recorder: the optimizer has none of the model's parameters; expected the model that it trains, not a copy of it"
+        )
+    if any(optimizer.state.values()):
+        raise ValueError(
+            "recorder: the optimizer has taken steps already, and its moments are those of more steps than will be recorded; "
+            "expected a Recorder made before the first step; go on with a new optimizer"
         )
     _rate(optimizer)
     held = _held(optimizer)

@@ -77,6 +77,15 @@ def test_the_optimizer_of_a_copy_is_refused():
         Recorder(layers(), sgd(layers().parameters()), num_steps=6)
 
 
+def test_an_optimizer_that_has_taken_steps_is_refused():
+    """AdamW's second moments would be corrected for fewer steps than they are of."""
+    model = layers()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    with pytest.raises(ValueError, match="recorder: the optimizer has taken steps already, and its moments are those of more"):
+        Recorder(model, optimizer, num_steps=6)
+
+
 def test_settings_may_be_tensors():
     model = layers()
     groups = [{"params": layer.parameters(), "lr": torch.tensor(0.01)} for layer in (model[0], model[2])]
