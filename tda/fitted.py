@@ -21,7 +21,7 @@ from tda.data import Batch, Data, Documents, Examples, TensorBatch, batch_plan
 from tda.factors import SegmentFactors
 from tda.fit_factors import fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
-from tda.gradients import check_gradients, gradient_dots, gradient_squares, query_gradients
+from tda.gradients import check_gradients, check_losses, gradient_dots, gradient_squares, query_gradients
 from tda.model import EVERY_LAYER, Layer, layer_matrix, linear_modules, parameter_name, tracked_layers, what_is_left_out
 from tda.preconditioner import preconditioner_of
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
@@ -117,7 +117,9 @@ class Fitted:
         """The tracked layers. Warns if much of the model is not tracked, unless `settings.layers` chose it so."""
         model = self.model(-1)
         layers = tracked_layers(model, self.settings.layers, probe=self._probe)
-        check_gradients(model, layers, self._batch(range(min(2, len(self.train)))), task=self.task)
+        two = self._batch(range(min(2, len(self.train))))
+        check_losses(model, self._batch([0]), two, task=self.task)
+        check_gradients(model, layers, two, task=self.task)
         said = what_is_left_out(model, layers) if self.settings.layers == EVERY_LAYER else ""
         if said:
             warnings.warn(f"attribute: {said}", stacklevel=2)

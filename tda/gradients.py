@@ -16,7 +16,7 @@ from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
 
 QUERY_VALUES = 1 << 27  # values of query gradients that are in memory at once
-SAME_GRADIENT = 0.01  # relative distance: rounding is far below, also in bfloat16
+SAME = 0.01  # relative distance of gradients or losses that are the same: rounding is far below, also in bfloat16
 
 
 def gradient_rows(
@@ -134,7 +134,7 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
     modules = linear_modules(model)
 
     def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        if (Ds[1:].abs() > 0).any():  # what is no number says nothing
+        if len(Ds) != len(batch.rows) or (Ds[1:].abs() > 0).any():  # what is no number says nothing
             mixed.append(layer.name)
         seen[layer.name] = Ds[0].mT @ a[0]
 
@@ -154,13 +154,24 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
     for layer in layers:
         weight, *bias = (next(gradients) for _ in _parameters(layer, modules[layer.name]))
         expected = layer_matrix(modules[layer.name], weight, bias[0] if bias else None)
-        if torch.dist(seen.get(layer.name, torch.zeros_like(expected)), expected) > SAME_GRADIENT * expected.norm():
+        if torch.dist(seen.get(layer.name, torch.zeros_like(expected)), expected) > SAME * expected.norm():
             off.append(layer.name)
     if off:
         raise ValueError(
             f"layers: {', '.join(off[:4])}: a layer's inputs and the gradients at its outputs do not give the gradient of its "
             "weight; expected layers that return W a + b, with weights that are used nowhere else; leave them out by the pattern "
             "of layers (`layers` of `attribute`)"
+        )
+
+
+@torch.no_grad()
+def check_losses(model: nn.Module, alone: Batch | TensorBatch, beside: Batch | TensorBatch, *, task: Task) -> None:
+    """Refuse a model whose loss of an example, the first of both batches, depends on the others of the batch."""
+    one, other = (float(task.losses(model, batch)[1][0]) for batch in (alone, beside))
+    if abs(one - other) > SAME * (1 + abs(one)):
+        raise ValueError(
+            f"attribute: the loss of the first row is {one:.4g} alone and {other:.4g} beside another; expected a model that "
+            "treats every example by itself, padding too, and draws nothing at random in eval mode"
         )
 
 

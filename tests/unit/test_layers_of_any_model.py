@@ -72,6 +72,20 @@ def test_a_layer_that_runs_without_gradients_is_refused():
         attribute("gradient_dot", run, task, train, queries)
 
 
+def test_a_model_whose_loss_hangs_on_the_rest_of_the_batch_is_refused():
+    mixing = Function(lambda body, x: torch.softmax(body(x) @ x.T, dim=1) @ x)
+    run, task, train, queries = recorded_run(mixing, torch.randn(12, 4))
+    with pytest.raises(ValueError, match=r"attribute: the loss of the first row is .* alone and .* beside another; expected"):
+        attribute("gradient_dot", run, task, train, queries)
+
+
+def test_a_layer_that_does_not_see_the_examples_is_refused():
+    constant = Function(lambda body, x: x + body(x.new_ones(1, 1, 2, 2)).flatten(1), nn.Conv2d(1, 4, 2))
+    run, task, train, queries = recorded_run(constant, torch.randn(12, 4))
+    with pytest.raises(ValueError, match="layers: body: an example whose loss has no weight has a gradient there; expected"):
+        attribute("gradient_dot", run, task, train, queries)
+
+
 def test_a_model_that_calls_none_of_its_layers_is_refused():
     class Functional(nn.Module):
         def __init__(self):
