@@ -61,11 +61,11 @@ def build_report(workspace: Workspace, config: Config) -> str:
         title=config.report.title,
         config=config,
         verdict=verdict,
-        confidence=_confidence(verdict),
         metrics=metrics,
         counts=counts,
         training=training,
         tiles=_tiles(verdict, metrics, counts, config),
+        confidence=_confidence(verdict),
         retraining=_retraining(workspace, verdict),
         curves=_training_curves(workspace, training),
         histogram=both(lambda width: charts.histogram(histogram, width=width, unit=times_power(axis), exponent=axis))
