@@ -73,7 +73,7 @@ def load_dynamics(
 ) -> list[SegmentDynamics]:
     """Every segment's respond and decay, made of its factors."""
     training = read_json(workspace.training, stage="train")
-    trajectory = read_table(workspace.trajectory, stage="train")
+    trajectory = read_table(workspace.trajectory, stage="train", columns=["step", "learning_rate", "gradient_scale"])
     return [
         SegmentDynamics(
             index=segment.index,

@@ -158,22 +158,8 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
     percent = f"{100 * rule.confidence:.6g}%"
     limit = rule.max_general_loss_increase
     conditions = [
-        Condition(
-            "Loss on unseen targets is lower than with all data",
-            against_all,
-            bound=0.0,
-            holds=against_all["high"] < 0,
-            uncertain="the gain against all data is not certain",
-            refuted="the loss is higher than with all data",
-        ),
-        Condition(
-            "Loss on unseen targets is lower than with the random control of the same size",
-            against_random,
-            bound=0.0,
-            holds=against_random["high"] < 0,
-            uncertain="the gain against the random control is not certain",
-            refuted="the loss is higher than with the random control",
-        ),
+        _lower(against_all, "all data"),
+        _lower(against_random, "the random control", detail=" of the same size"),
         Condition(
             f"General loss is at most {limit:g} nats per token above that with all data",
             general,
@@ -214,6 +200,18 @@ def decide(comparisons: Sequence[dict], *, rule: Rule, changed: bool) -> dict:
         "max_general_loss_increase": limit,
         "comparisons": list(comparisons),
     }
+
+
+def _lower(comparison: dict, control: str, *, detail: str = "") -> Condition:
+    """That the loss on unseen targets is lower than with `control`."""
+    return Condition(
+        f"Loss on unseen targets is lower than with {control}{detail}",
+        comparison,
+        bound=0.0,
+        holds=comparison["high"] < 0,
+        uncertain=f"the gain against {control} is not certain",
+        refuted=f"the loss is higher than with {control}",
+    )
 
 
 def _nested_differences(comparisons: Sequence[dict]) -> dict:
