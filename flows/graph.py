@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import networkx
+from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError, RWLockFileFormatError, rwlock
 from dvc.stage import PipelineStage, Stage
 from dvc.utils.serialize import dump_yaml, load_yaml
 
@@ -134,12 +136,23 @@ def only_flow(root: Path) -> Iterator[None]:
     """
     with only_run(_records(root).with_suffix(".lock")):
         reap(root)
+        mend_record_of_use(root)
         before = list(_locked_stages(root))
         try:
             yield
         finally:
             reap(root)
             order_lock(root, before)
+
+
+def mend_record_of_use(root: Path) -> None:
+    """Remove DVC's record of the files in use if a kill or a crash of the machine left half of it; no stage could run."""
+    with Repo(str(root)) as repo, contextlib.suppress(LockError):  # the lock is held: someone writes it just now
+        try:
+            with rwlock(repo.tmp_dir, repo.fs, "flow", [], [], repo.config["core"].get("hardlink_lock", False)):
+                pass
+        except (RWLockFileCorruptedError, RWLockFileFormatError):
+            Path(repo.tmp_dir, RWLOCK_FILE).unlink()
 
 
 def order_lock(root: Path, before: list[str]) -> None:

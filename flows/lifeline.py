@@ -20,25 +20,34 @@ def end_with(parent: int, number: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def _end_group(number: int, frame: object) -> None:
-    """Ask the other processes of the group to stop, after which `dvc` ends by itself; kill what has not stopped in time.
+def _stop(number: int, frame: object) -> None:
+    """Stop DVC where it can be: it writes its files in place, and half a file of its locks would fail every later run.
 
-    Only once: the system may signal the end of each of the parent's threads, and a second request would interrupt the first.
+    It ends with its command, or instead of starting one or of waiting for a lock. Only once: the system may signal the end of
+    each of the parent's threads, and a second request would interrupt the first.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.killpg(0, signal.SIGTERM)
+    sys.addaudithook(_neither_start_nor_wait)
+    if number == signal.SIGHUP:  # for this process alone, whereas who sends SIGTERM asks the whole group
+        os.killpg(0, signal.SIGTERM)
     kill = threading.Timer(GRACE_SECONDS, os.killpg, (0, signal.SIGKILL))
     kill.daemon = True
     kill.start()
 
 
+def _neither_start_nor_wait(event: str, arguments: tuple) -> None:
+    if event in ("subprocess.Popen", "time.sleep"):
+        raise InterruptedError("the flow was stopped")
+
+
 def _run_dvc(parent: int, arguments: list[str]) -> int:
     """DVC's exit code."""
-    signal.signal(signal.SIGHUP, _end_group)
     end_with(parent, signal.SIGHUP)
     from dvc.cli import main
 
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, _stop)
     return main(arguments)
 
 

@@ -79,7 +79,7 @@ class Server:
             return json.load(answer)
 
     def run(self, root: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-        return subprocess.run(
+        done = subprocess.run(
             [str(BIN / command[0]), *command[1:]],
             cwd=root,
             env=self.environment,
@@ -87,9 +87,11 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=check,
+            check=False,
             timeout=300,
         )
+        assert not check or done.returncode == 0, done.stdout
+        return done
 
     def artifacts(self, key: str) -> list[dict]:
         return self.post("artifacts/filter", {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"})
@@ -351,7 +353,8 @@ def test_a_stopped_flow_leaves_no_process_and_starts_no_further_stage(server, to
         start_new_session=True,
     )
     try:
-        wait_until(lambda: any("part.sh" in command for command in processes_of(home)))
+        wait_until(lambda: flow.poll() is not None or any("part.sh" in command for command in processes_of(home)))
+        assert flow.returncode is None, flow.communicate()
         (flow.send_signal if number == signal.SIGKILL else lambda number: os.killpg(flow.pid, number))(number)
         flow.wait(2 * STOP_SECONDS)  # seconds by itself; a machine that is busy may take until it is killed
         wait_until(lambda: not processes_of(home), seconds=30)

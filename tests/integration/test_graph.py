@@ -1,5 +1,6 @@
 """The graph: what dvc.yaml says against the code, and a toy pipeline walked stage by stage."""
 
+import json
 import os
 import shutil
 import signal
@@ -372,6 +373,43 @@ def test_a_stopped_flow_ends_its_stage_and_starts_no_other(held):
     with pytest.raises(graph.StageError, match="stage part@1: the flow was stopped"):
         run(held, "part@1", stopped=stopped)
     assert not list(graph._records(held).iterdir())
+
+
+# DVC writes this file in place many times; the first takes a second here.
+SLOW_WRITER = """
+import json, pathlib, threading
+def dump(value, file, dump=json.dump):
+    if str(file.name).endswith("rwlock") and not pathlib.Path("writing").exists():
+        file.write("{")
+        file.flush()
+        pathlib.Path("writing").touch()
+        threading.Event().wait(1)
+        file.seek(0)
+    dump(value, file)
+json.dump = dump
+"""
+
+
+def test_a_stopped_stage_leaves_the_files_of_dvc_whole(held, monkeypatch):
+    (held / "sitecustomize.py").write_text(SLOW_WRITER)
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        with monkeypatch.context() as slow, graph.only_flow(held):
+            slow.setenv("PYTHONPATH", str(held))
+            first = threads.submit(run, held, "first", stopped=stopped)
+            wait_until((held / "writing").exists)
+            stopped.set()
+        with pytest.raises(graph.StageError, match="stage first: the flow was stopped"):
+            first.result()
+    assert not (held / "begun").exists()
+    assert json.loads((held / ".dvc" / "tmp" / "rwlock").read_text()) == {}
+
+
+@pytest.mark.parametrize("left", ["", '{"write": {', '{"write": {"data/first": 1}}'])
+def test_a_crash_in_the_middle_of_a_write_of_dvc_fails_no_later_flow(toy, left):
+    (toy / ".dvc" / "tmp" / "rwlock").write_text(left)
+    with graph.only_flow(toy):
+        assert run(toy, "first") == [True]
 
 
 def test_a_stage_that_starts_while_the_flow_is_stopped_ends_itself(held):
