@@ -367,7 +367,8 @@ def parse_config(values: Any, *, origin: str) -> Config:
 
 
 def _explain(problem: dict, origin: str) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    parts = map(str, problem["loc"])
+    key = ".".join(part if part.isprintable() else repr(part) for part in parts)  # a line feed would divide the message
     named = f"{origin}: {key}" if key else origin
     if problem["type"] == "extra_forbidden":
         return f"{origin}: unknown key {key}; known here: {', '.join(_known_keys(problem['loc'][:-1]))}"

@@ -111,6 +111,7 @@ def test_any_value_is_taken_as_it_is_or_refused_by_its_key(path, value):
         (("train", "checkpoints"), [0, 0], r"train.checkpoints: expected 0, 1, 2, ... in order; got \[0, 0\]"),
         (("train", "checkpoints"), 4, "train.checkpoints: Input should be a valid list; got 4"),
         (("curation", "drop"), True, "curation.drop: expected no true or false, as YAML also reads yes, .*; got True"),
+        (("segments", "in\ndices"), [0], r"unknown key segments.'in\\ndices'; known here: by, indices"),
         (("prepare", "vocabulary"), 10**12, "prepare.vocabulary: Input should be less than or equal to 1000000; got 10+"),
     ],
 )
