@@ -81,7 +81,7 @@ def worker_pool(
     """Yields `call(items, description, unit)`, which gives `function` of every item, in order, with a progress bar.
 
     Processes are forked when the block is entered, so `function` may be a closure, and libraries that start threads may be
-    loaded afterwards. The first error ends the rest.
+    loaded afterwards. The first error or interrupt ends the rest at once.
     """
     if not torch.cuda.is_initialized():  # beside a GPU, work on the CPU is rare and large, and may use all cores
         torch.set_num_threads(1)
@@ -104,8 +104,13 @@ def worker_pool(
                     "run again"
                 ) from error
 
+        processes = list(pool._processes.values())
         try:
             yield call
+        except BaseException:
+            for process in processes:
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -129,12 +134,31 @@ def progress_is_shown() -> bool:
 
 between_pieces: list[Callable[[], None]] = []  # called after every piece of work; `profiling` adds itself
 _inherited: dict[str, Callable[[Any], Any]] = {}  # what forked workers run; a closure cannot be pickled
+_worker = {"at work": False, "asked to stop": False}
 
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves no orphans
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_worker)
+
+
+def _stop_worker(number: int, frame: object) -> None:
+    """Unwind the item at hand, so that its half-written files go; half a result on its way would hang the parent."""
+    _worker["asked to stop"] = True
+    if _worker["at work"]:
+        raise SystemExit
 
 
 def _call(item: Any) -> Any:
-    return _inherited["function"](item)
+    """The function of `item`, or a `BrokenProcessPool`: the executor goes on with the next item whatever is raised."""
+    try:
+        _worker["at work"] = True
+        if _worker["asked to stop"]:
+            raise SystemExit
+        return _inherited["function"](item)
+    except SystemExit:
+        raise BrokenProcessPool("asked to stop") from None
+    finally:
+        _worker["at work"] = False

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+ENOUGH = 240  # seconds for what takes a moment, or a few seconds, on a machine that has nothing else to do
 
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+
+def wait_until(condition: Callable[[], object], seconds: float = ENOUGH) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -1,5 +1,6 @@
 """The command line: help, messages, exit codes, and what it must not import."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from tda import cli
 from tda.artifacts import Workspace, write_json
 from tda.pipeline import STAGES
+from tests.processes import ENOUGH, wait_until
 
 PROJECT = Path(__file__).parents[2]
 COMMANDS = [*STAGES, "query", "plan", "verdict", "audit", "verify", "gc"]
@@ -35,7 +37,7 @@ def gradients(config, workspace, index):
     part = pathlib.Path("part")
     part.touch()
     try:
-        time.sleep(60)
+        time.sleep(600)
     finally:
         part.unlink()
 def scores(config, workspace):
@@ -47,6 +49,14 @@ def retraining(config, workspace):
     raise KeyboardInterrupt
 def evaluation(config, workspace):
     import nowhere
+def report(config, workspace):
+    from tda.artifacts import whole
+    from tda.parallel import parallel_map
+    def piece(number):
+        with whole(pathlib.Path(f"piece-{number}")) as part:
+            part.touch()
+            time.sleep(600)
+    list(parallel_map(piece, range(6), workers=2, description="pieces"))
 """
 
 # Runs `tda` with other stages in place of tda/stages.py.
@@ -71,7 +81,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", WITH_FAKE_STAGES, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", WITH_FAKE_STAGES, *arguments], capture_output=True, text=True, timeout=ENOUGH, check=False
     )
 
 
@@ -199,16 +209,33 @@ def test_interrupted(folder):
 def test_a_second_run_at_once_is_refused_and_a_stopped_one_cleans_up(folder):
     first = subprocess.Popen([sys.executable, "-c", WITH_FAKE_STAGES, "gradients", "--index", "1"])
     try:
-        deadline = time.monotonic() + 60
-        while not (folder / "part").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until((folder / "part").exists)
         second = run("gradients", "--index", "1")
         assert second.returncode == cli.FAILED
         assert f"process {first.pid} is doing this already" in second.stderr
     finally:
         first.send_signal(signal.SIGTERM)
-    assert first.wait(30) == cli.TERMINATED
+    assert first.wait(ENOUGH) == cli.TERMINATED
     assert not (folder / "part").exists()
+
+
+@pytest.mark.parametrize(("to", "number"), [(os.killpg, signal.SIGINT), (os.killpg, signal.SIGTERM), (os.kill, signal.SIGTERM)])
+def test_a_stopped_stage_waits_for_no_piece_of_its_workers(folder, to, number):
+    """Neither for those that they are at, whose half-written files go, nor for those that they would begin."""
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler){WITH_FAKE_STAGES}"
+    stage = subprocess.Popen([sys.executable, "-c", program, "report"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_until(lambda: len(list(folder.glob("piece-*.part"))) == 2)
+        to(stage.pid, number)
+        said = stage.communicate(timeout=ENOUGH)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(stage.pid, signal.SIGKILL)
+        stage.communicate()
+    assert (stage.returncode, said.count("\n")) == ((cli.INTERRUPTED, 1) if number == signal.SIGINT else (cli.TERMINATED, 0)), (
+        said
+    )
+    assert not list(folder.glob("piece-*"))
 
 
 def test_parts_that_the_settings_no_longer_have_are_removed(folder):
