@@ -97,7 +97,7 @@ def test_an_odd_value_is_taken_as_it_is_or_refused_by_its_key(path):
         check(path, value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(PLACES), JSON)
 def test_any_value_is_taken_as_it_is_or_refused_by_its_key(path, value):
     check(path, value)

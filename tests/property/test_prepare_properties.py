@@ -43,7 +43,7 @@ def test_a_larger_draw_contains_the_smaller(ids):
     assert less == order[:-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS, st.integers(8, 40))
 def test_parts_lose_nothing_but_a_short_end(text, context):
     rows = encode_documents([Document("a", "s", text)], TOKENIZER, context=context, end=True).rows
@@ -53,7 +53,7 @@ def test_parts_lose_nothing_but_a_short_end(text, context):
     assert all(len(row.tokens) <= context for row in rows)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(TEXTS, min_size=1, max_size=12, unique=True), st.floats(0, 0.99), st.integers(0, 3))
 def test_damage_keeps_ids_tells_the_truth_and_leaves_writable_text(texts, share, seed):
     documents = [Document(str(place), "s", text) for place, text in enumerate(texts)]
@@ -64,7 +64,7 @@ def test_damage_keeps_ids_tells_the_truth_and_leaves_writable_text(texts, share,
     assert all(one.text.encode("utf-8") for one in damaged)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(TEXTS, max_size=12), st.randoms())
 def test_the_order_of_documents_does_not_change_what_is_kept(texts, rng):
     documents = [Document(str(place), "s", text) for place, text in enumerate(texts)]

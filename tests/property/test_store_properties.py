@@ -32,7 +32,6 @@ def round_trip(vectors: np.ndarray, dtype: str) -> np.ndarray:
     return decode(pa.Table.from_batches([batch]), ids, dim=vectors.shape[1]).vectors
 
 
-@settings(deadline=None)  # the first one starts torch
 @given(matrices)
 @example(np.array([[1.0, 65519.0, 3e-8]], np.float32))
 @example(np.array([[np.nextafter(np.float32(TOO_LARGE), np.float32(0)), 1.0]], np.float32))
@@ -45,7 +44,6 @@ def test_float16_rows_come_back_within_its_rounding(vectors):
     assert (error <= ROUNDING * np.maximum(np.abs(exact), FLOOR * largest) + TINY).all()
 
 
-@settings(deadline=None)  # the first one starts torch
 @given(matrices)
 @example(np.array([[1.0, 1.9999999, 3e-8]], np.float32))
 @example(np.array([[np.nextafter(np.float32(TOO_LARGE), np.float32(0)), 1.0]], np.float32))
@@ -64,7 +62,6 @@ wide = hnp.arrays(
 )
 
 
-@settings(deadline=None)
 @given(wide)
 @example(np.array([[127.5, 1.0]], np.float32))  # what would round to 128
 @example(np.array([[127.49, 1.0], [128.0, 63.5]], np.float32))
@@ -81,7 +78,6 @@ def test_int8_rows_come_back_within_half_a_step_of_their_group(vectors):
         assert (error[:, group] <= bound[:, None]).all()
 
 
-@settings(deadline=None)
 @given(wide)
 def test_int8_rows_are_what_their_definition_says(vectors):
     """Decoded one value at a time, in Python's own numbers; and bfloat16 holds them over their scale."""
@@ -98,13 +94,11 @@ def test_int8_rows_are_what_their_definition_says(vectors):
             assert float(short[row, place]) == 2.0**-exponent * code
 
 
-@settings(deadline=None)  # the first one starts torch
 @given(matrices)
 def test_float32_rows_come_back_as_they_were(vectors):
     np.testing.assert_array_equal(round_trip(vectors, "float32"), vectors)
 
 
-@settings(deadline=None)
 @given(matrices, st.integers(-20, 20))
 def test_scale_follows_a_power_of_two(vectors, exponent):
     vectors = np.where(np.abs(vectors) < 2.0**-90, np.float32(0), vectors)  # far from float32's limits
@@ -116,7 +110,7 @@ def test_scale_follows_a_power_of_two(vectors, exponent):
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)  # each opens two tables
+@settings(max_examples=12)  # each opens two tables
 def test_the_manifest_does_not_depend_on_order_or_chunks(data):
     ids = [f"doc-{number}" for number in range(12)]
     order = data.draw(st.permutations([*ids, "of another corpus"]))

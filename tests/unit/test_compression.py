@@ -52,7 +52,6 @@ def test_of_equal_contributions_the_earlier():
 
 
 @given(st.integers(0, 10_000), st.floats(1e-3, 1e3))
-@settings(deadline=None)
 def test_the_unit_of_contributions_does_not_matter(seed, unit):
     contributions = made(9, seed=seed).square()
     assert torch.equal(largest_coordinates(contributions, 4), largest_coordinates(unit * contributions, 4))
@@ -81,7 +80,7 @@ def captured_by(contributions: dict, groups: dict, inputs: dict, outputs: dict) 
 
 
 @given(st.integers(0, 10_000), st.integers(3, 70))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rectangles_fit_and_share_the_input_side_of_a_group(seed, num):
     shapes, groups = {"a": (4, 5), "b": (3, 5), "c": (5, 4)}, {"a": "a", "b": "a", "c": "c"}
     contributions = {name: made(*shape, seed=seed + place).square() for place, (name, shape) in enumerate(shapes.items())}
@@ -135,7 +134,6 @@ def test_bits_against_an_exhaustive_search():
 
 
 @given(st.integers(0, 10_000), st.integers(1, 80))
-@settings(deadline=None)
 def test_larger_contributions_get_no_fewer_bits(seed, num_bits):
     contributions = made(10, seed=seed).square()
     bits = allotted_bits(contributions, num_bits)[contributions.argsort(descending=True)]
@@ -189,7 +187,6 @@ def test_normal_values_lose_what_is_said(bits):
 
 
 @given(st.integers(0, 10_000), st.integers(-6, 6))
-@settings(deadline=None)  # the first one works out the steps
 def test_a_longer_row_has_the_same_codes(seed, exponent):
     """By powers of two, which float16 scales take without loss."""
     quantiser = made_quantiser([1, 3, 8, 5])

@@ -100,7 +100,7 @@ def test_a_prior_that_knows_nothing_is_not_followed():
 
 
 @given(scale=st.floats(1e-4, 1e4), unit=st.floats(1e-4, 1e4), seed=st.integers(0, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_prior_has_no_unit_and_the_scores_have_that_of_the_costs(scale, unit, seed):
     _truth, prior, signs, differences = known(6, seed=seed)
     first = posterior(prior, signs, differences)

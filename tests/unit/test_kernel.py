@@ -109,7 +109,7 @@ def dense_solve(K_S: torch.Tensor, H: torch.Tensor, n_ridge: float, b: torch.Ten
     return torch.linalg.solve(A, H @ b.reshape(size, -1)).view_as(b)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 5), st.integers(1, 9), st.floats(0.1, 30.0), st.integers(0, 10_000))
 def test_curvatures_of_the_softmax_solve_as_dense_matrices_do(num_classes, num_rows, confidence, seed):
     """Also of rows that are all but certain, whose Hessian is nearly zero."""
@@ -269,7 +269,7 @@ def test_surrogate_refuses_more_rows_than_memory_takes(monkeypatch):
         attribute("surrogate", held.run, held.task, held.train, held.queries)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(2, 12), st.integers(0, 10_000))
 def test_block_krylov_solves_when_its_space_is_whole(num_queries, size, seed):
     generator = torch.Generator().manual_seed(seed)

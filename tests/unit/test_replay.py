@@ -314,7 +314,7 @@ def a_run(optimizer: str = "adamw with decay") -> tuple[Run, Classification, Exa
     return really_train(network, OPTIMIZERS[optimizer], data, some_batches())[1], Classification(), data, examples(5, seed=1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(1, NUM_STEPS + 2),
     st.integers(1, 6),
