@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tda import store
@@ -20,28 +21,38 @@ DIM, PER_COMMIT = 2048, 6
 IDS = [f"doc-{number}" for number in range(180)]
 
 
-def attempt(folder: Path, report: int) -> None:
+def attempt(folder: Path, report: Callable[[str], None]) -> None:
     """One run of a writer; reports `R rows` when ready, `C rows` after each commit, and S before it seals."""
     table = open_for_writing(folder, dim=DIM)
     have = table.present()
-    os.write(report, f"R {len(have)}\n".encode())
+    report(f"R {len(have)}")
     missing = [doc for doc in IDS if doc not in have]
     for start in range(0, len(missing), PER_COMMIT):
         table.write([make_rows(missing[start : start + PER_COMMIT], dim=DIM)])
-        os.write(report, f"C {len(table)}\n".encode())
-    os.write(report, b"S 0\n")
+        report(f"C {len(table)}")
+    report("S 0")
     manifest = folder / "manifest.json"
     manifest.with_suffix(".part").write_text(json.dumps(table.seal(documents_of(IDS))))
     manifest.with_suffix(".part").replace(manifest)
 
 
 def run(folder: Path, kill_after: tuple[str, int, float] | None) -> tuple[list[list[str]], float, bool]:
-    """What one attempt reported, its seconds once ready, and whether it was killed: so long after so many such reports."""
+    """What one attempt reported, its seconds once ready, and whether it was killed: so long after so many such reports.
+
+    It goes on from a report when it is told to, and is told no more once it is to be killed: so it cannot end before that.
+    """
     ours, theirs = os.pipe()
+    awaited, go = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(ours)
-        attempt(folder, theirs)
+        os.close(go)
+
+        def report(line: str) -> None:
+            os.write(theirs, f"{line}\n".encode())
+            os.read(awaited, 1)
+
+        attempt(folder, report)
         os._exit(0)
     os.close(theirs)
     text, ready, deadline, killed = "", None, None, False
@@ -56,9 +67,12 @@ def run(folder: Path, kill_after: tuple[str, int, float] | None) -> tuple[list[l
             break
         text += piece
         ready = ready or time.monotonic()
-        if kill_after and not killed and deadline is None and text.count(kill_after[0]) >= kill_after[1]:
-            deadline = time.monotonic() + kill_after[2]
-    os.close(ours)
+        if deadline is None:
+            os.write(go, bytes(piece.count("\n")))
+            if kill_after and not killed and text.count(kill_after[0]) >= kill_after[1]:
+                deadline = time.monotonic() + kill_after[2]
+    for end in (ours, awaited, go):
+        os.close(end)
     _, status = os.waitpid(child, 0)
     assert killed or status == 0, f"the writer ended with status {status}"
     return [line.split() for line in text.splitlines()], time.monotonic() - (ready or time.monotonic()), killed

@@ -11,23 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import processes_with, wait_until
+from tests.processes import ENOUGH, processes_with, wait_until
 
 WILLING = """
 import os, subprocess, sys, time
 from flows.shell import supervise
 supervise("toy")
-subprocess.Popen(["sleep", "60"])
+subprocess.Popen(["sleep", "600"])
 open("begun", "w").write(str(os.getpid()))
 try:
-    time.sleep(60)
+    time.sleep(600)
 finally:
     print("a word from every task", file=sys.stderr)
 """
 DEAF = WILLING.replace("subprocess.Popen", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen")
 SAID = "toy: interrupted; run the same command again to go on\n"
-
-ENOUGH = 30  # seconds for what takes a moment on a machine that has nothing else to do
 
 Start = Callable[[str], tuple[subprocess.Popen, int]]
 
@@ -111,9 +109,9 @@ def test_a_killed_flow_takes_its_server_with_it_and_says_so(start, tmp_path):
 
 
 def test_the_flow_stops_when_the_command_is_killed(start, tmp_path):
-    process, flow = start(WILLING.replace('subprocess.Popen(["sleep", "60"])', ""))
+    process, flow = start(WILLING.replace('subprocess.Popen(["sleep", "600"])', ""))
     os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: flow not in left(tmp_path), seconds=ENOUGH)
+    wait_until(lambda: flow not in left(tmp_path))
 
 
 def test_nothing_is_left_when_both_are_killed(start, tmp_path):
@@ -121,10 +119,11 @@ def test_nothing_is_left_when_both_are_killed(start, tmp_path):
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for one in (process.pid, flow):
             os.kill(one, number)
-    wait_until(lambda: not left(tmp_path), seconds=ENOUGH)
+    wait_until(lambda: not left(tmp_path))
 
 
 def test_the_command_exits_as_the_flow_does(tmp_path):
     script = "import sys; from flows.shell import supervise; supervise('toy'); print('done'); sys.exit(3)"
-    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=ENOUGH, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\n", "")

@@ -276,7 +276,8 @@ def test_walking_the_graph_leaves_the_same_lock_as_dvc_repro(toy, tmp_path_facto
     with graph.only_flow(toy):
         assert not graph.is_clean(toy)
         assert run(toy, "first") == [True]
-        assert run(toy, "part@3", "part@2", "part@1", "part@0") == [True] * 4
+        assert run(toy, "part@3") == [True]
+        assert run(toy, "part@2", "part@1", "part@0") == [True] * 3
         assert list(graph._locked_stages(toy)) != list(graph.load_graph(toy))
         assert run(toy, "last") == [True]
         assert run(toy, "last") == [False]
@@ -346,14 +347,14 @@ graph.run_stage("first", Path(), environment={}, log=print, stopped=threading.Ev
 """
     flow = subprocess.Popen([sys.executable, "-c", starter], cwd=held, stdout=subprocess.DEVNULL)
     try:
-        wait_until((held / "begun").exists)
+        wait_until(lambda: (held / "begun").exists() and list(graph._records(held).iterdir()))
         (stage,) = [int(path.name) for path in graph._records(held).iterdir()]
         assert graph._alive(stage)
     finally:
         flow.send_signal(signal.SIGKILL)
         flow.wait()
-    wait_until(lambda: not graph._alive(stage), seconds=30)
-    wait_until((held / "asked").exists, seconds=5)  # the group's other processes may take a moment longer
+    wait_until(lambda: not graph._alive(stage))
+    assert (held / "asked").exists()
     with graph.only_flow(held):
         assert not list(graph._records(held).iterdir())
     assert not (held / "dvc.lock").exists()
@@ -375,15 +376,17 @@ def test_a_stopped_flow_ends_its_stage_and_starts_no_other(held):
     assert not list(graph._records(held).iterdir())
 
 
-# DVC writes this file in place many times; the first takes a second here.
+# DVC writes this file in place many times; the first write is not done before DVC was asked to stop, and then takes a moment.
 SLOW_WRITER = """
-import json, pathlib, threading
+import json, pathlib, signal, threading
 def dump(value, file, dump=json.dump):
     if str(file.name).endswith("rwlock") and not pathlib.Path("writing").exists():
         file.write("{")
         file.flush()
         pathlib.Path("writing").touch()
-        threading.Event().wait(1)
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+            threading.Event().wait(0.1)
+        threading.Event().wait(0.5)
         file.seek(0)
     dump(value, file)
 json.dump = dump
@@ -428,7 +431,7 @@ def test_a_stage_that_starts_while_the_flow_is_stopped_ends_itself(held):
 
 
 def test_what_a_killed_flow_left_running_is_ended(toy):
-    left = subprocess.Popen(["sh", "-c", "sleep 60; true"], start_new_session=True)
+    left = subprocess.Popen(["sh", "-c", "sleep 600; true"], start_new_session=True)
     try:
         record = graph._records(toy) / str(left.pid)
         record.parent.mkdir(parents=True)
@@ -443,7 +446,7 @@ def test_what_a_killed_flow_left_running_is_ended(toy):
 
 
 def test_a_process_number_used_again_is_left_alone(toy):
-    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         record = graph._records(toy) / str(other.pid)
         record.parent.mkdir(parents=True)

@@ -1,10 +1,8 @@
 """Banks made here: the same whether killed or not and by however many processes."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +15,19 @@ from tda.lds import lds_by_query
 from tda.make_bank import half_subsets
 from tests.banks import data_for, recipe
 from tests.helpers import CONTEXT, VOCABULARY, tiny_llama
+from tests.processes import wait_until
 
-# Makes a bank, a model at a time; each takes a while, so that there is time to kill it.
+# Makes a bank, a model at a time; the fourth takes so long that there is time to kill it.
 MAKE_SLOWLY = """
 import sys, time
 from pathlib import Path
 from tda import bank_training, make_bank
 from tests.banks import data_for, recipe
 bank_training.STACK_PARAMETERS = 100
-outcomes = make_bank.outcomes
+outcomes, made = make_bank.outcomes, []
 def slowly(*arguments, **named):
-    time.sleep(0.3)
+    made.append(1)
+    time.sleep(600 if len(made) == 4 else 0)
     return outcomes(*arguments, **named)
 make_bank.outcomes = slowly
 make_bank.make_bank(data_for(recipe()), recipe(), num_subsets=4, repeats=2, seed=3, out=Path(sys.argv[1]), workers=1)
@@ -44,11 +44,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch
     out = tmp_path / "bank.npz"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", MAKE_SLOWLY, str(out)], env=environment)
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "bank.npz.runs").glob("*/*.npy"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    try:
+        wait_until(lambda: len(list((tmp_path / "bank.npz.runs").glob("*/*.npy"))) >= 2)
+    finally:
+        process.kill()
+        process.wait()
     done = len(list((tmp_path / "bank.npz.runs").glob("*/*.npy")))
     assert 2 <= done < 18  # some of the models, not all
     assert not out.exists()

@@ -16,7 +16,6 @@ IDS = [f"doc-{number}" for number in range(64)]
 DIM = 8192
 
 
-@pytest.mark.timeout(300)
 def test_a_writer_killed_again_and_again_ends_with_the_same_rows(tmp_path):
     command = [sys.executable, "-m", "tests.integration.killed_writer", str(tmp_path), "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])

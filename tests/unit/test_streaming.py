@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tda.streaming import AHEAD, BUFFERS, AbandonedError, HostBuffers, in_background, to_device
+from tests.processes import wait_until
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,7 @@ def test_the_maker_goes_on_while_one_is_consumed_but_not_far():
 
     def consume(arriving):
         for number in arriving:
+            wait_until(lambda number=number: len(made) > min(number + 1, 7))
             time.sleep(0.01)
             most_ahead.append(len(made) - number - 1)
 
