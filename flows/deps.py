@@ -24,7 +24,7 @@ from tda.artifacts import Workspace
 from tda.config import Config
 
 UNTRACKED_MODULES = {"__init__", "config"}  # the values of the configuration are tracked instead, as parameters
-UNTRACKED_SECTIONS = {"compute"}  # where the work runs changes no result
+UNTRACKED_SECTIONS = {"audit", "compute"}  # no stage reads the one, and where the work runs changes no result
 UNVERSIONED = {"root", "store", "work", "audits"}  # places of the workspace that DVC does not track
 DATA_OF_MODULES = {"report": "templates"}  # files of the package that a module reads
 
@@ -143,6 +143,8 @@ def _params(chains: set[tuple]) -> list[str]:
     """Sections and keys, as `dvc.yaml` names them; if all keys of a section are used, only the section."""
     found = set()
     for attributes in chains:
+        if attributes[0] == "model_dump":  # of the whole configuration
+            found |= {(section,) for section in Config.model_fields if section not in UNTRACKED_SECTIONS}
         model, key = Config, []
         for attribute in attributes:
             if not (isinstance(model, type) and issubclass(model, BaseModel) and attribute in model.model_fields):

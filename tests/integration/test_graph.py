@@ -119,6 +119,8 @@ def test_reach_follows_calls_and_imports_and_leaves_out_what_others_use(tmp_path
                 return read_table(path), config.train.optimizer.upper()
             def gradients(config: Config, workspace: Workspace, index: int):
                 return load_documents(workspace.checkpoint(index)), workspace.gradients(index), config.train, config.train.seed
+            def report(config: Config, workspace: Workspace):
+                return config.model_dump(exclude={"compute"}), config.report.title
             """,
         "artifacts": "class Workspace: pass\ndef read_table(): pass",
         "config": "import tda.nowhere\nclass Config: pass",
@@ -142,6 +144,7 @@ def test_reach_follows_calls_and_imports_and_leaves_out_what_others_use(tmp_path
     gradients = deps.reach("gradients", package)
     assert gradients.modules == ["tda/artifacts.py", "tda/data.py", "tda/stages.py"]
     assert gradients.params == ["train"]
+    assert deps.reach("report", package).params == sorted(set(Config.model_fields) - {"audit", "compute"})
     assert gradients.files == ["data/gradients/${item}.json", "data/train/checkpoints/${item}"]
 
 
