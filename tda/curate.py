@@ -69,7 +69,7 @@ def _drop(ranked: pl.DataFrame, config: Curation) -> pl.DataFrame:
         .then(
             pl.concat_str(pl.lit(f"kept, {'predicted to help' if config.threshold is None else 'above the threshold'}: "), place)
         )
-        .when(~pl.col("within_cap"))
+        .when(~pl.col("within_cap") & pl.col("open"))
         .then(
             pl.concat_str(
                 pl.lit("kept, cap of its source: "), place, pl.lit(f"; {share:.0%} of source "), "source", pl.lit(" reached")
@@ -83,6 +83,7 @@ def _drop(ranked: pl.DataFrame, config: Curation) -> pl.DataFrame:
         .with_columns(within_cap=pl.col("below").cum_sum().over("source", order_by="rank") <= cap)
         .with_columns(candidate=pl.col("below") & pl.col("within_cap"))
         .with_columns(dropped=pl.col("candidate") & (pl.col("candidate").cum_sum() <= limit))
+        .with_columns(open=pl.col("dropped").cum_sum() < limit)  # but for its source's cap, the document would go
         .with_columns(keep=~pl.col("dropped"), weight=(~pl.col("dropped")).cast(pl.Float64), reason=outcome)
     )
 

@@ -71,6 +71,11 @@ def test_a_source_at_its_cap_gives_way_to_the_next():
     )
 
 
+def test_a_document_past_the_limit_is_not_said_to_be_kept_by_a_cap_that_was_not_reached():
+    manifest = curate(scores([-5.0, -4.0, -3.0, -2.0, -1.0], "aabaa"), settings(drop=2, max_share_per_source=0.75))
+    assert manifest["reason"].str.extract("^([^:]*)").to_list() == ["dropped"] * 2 + ["kept, past the limit"] * 3
+
+
 def test_ties_are_dropped_by_id():
     assert dropped(curate(scores([-1.0, -1.0, -1.0]), settings(drop=2))) == {"d00", "d01"}
 
