@@ -50,7 +50,7 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
                 "score": float(value),
                 "doc_id": documents.ids[row],
                 "source": documents.sources[row],
-                "excerpt": textwrap.shorten(texts[int(row)], EXCERPT, placeholder=" ..."),
+                "excerpt": excerpt(texts[int(row)]),
             }
             for rank, (row, value) in enumerate(zip(rows.tolist(), values.tolist(), strict=True), start=1)
         ]
@@ -74,6 +74,15 @@ def _as_documents(text: str, *, config: Config, workspace: Workspace) -> Documen
     if not rows:
         raise ValueError(f"query: {text!r} is too few tokens; expected at least two, so that one predicts the other")
     return as_documents(document_table(rows))
+
+
+def excerpt(text: str) -> str:
+    """The beginning of `text` in one line, of whole words where there are any: some languages have no spaces."""
+    line = " ".join(text.split())
+    if len(line) <= EXCERPT:
+        return line
+    cut = line[: EXCERPT - len(" ...") + 1]
+    return (cut[: cut.rindex(" ")] if " " in cut[-30:] else cut[:-1]) + " ..."
 
 
 def render(answered: dict) -> str:
