@@ -135,6 +135,11 @@ class Fitted:
         """The model at a checkpoint; -1 is the last one."""
         return self.run.at(checkpoint, mean=self.settings.weights == "mean")
 
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """(row,) the share of the run's draws that each row got."""
+        return self.run.shares(len(self.train))
+
     @property
     def final(self) -> int:
         """The index of the last checkpoint."""

@@ -60,7 +60,7 @@ def ekfac_influence(fitted: Fitted) -> np.ndarray:
     last = fitted.segments[-1]
     factors = fitted.segment_factors(last, [fitted.final])
     conditioned = precondition(fitted.query_gradients, factors.plain, damping=fitted.settings.damping)
-    return fitted.dot(fitted.final, conditioned).T / (len(fitted.train) * last.tokens_per_document)
+    return fitted.dot(fitted.final, conditioned).T * fitted.shares / last.tokens_per_document
 
 
 def source(fitted: Fitted) -> np.ndarray:
@@ -175,7 +175,7 @@ def _solved_influence(fitted: Fitted, solver: Solver) -> np.ndarray:
     seen = {name: plain(held) for name, held in factors.plain.items()}
     curvature = DampedCurvature.of(fitted.layers, seen, damping, device=fitted.device)
     response = respond(fitted.query_gradients, curvature, solver, queries_at_once=fitted.queries_at_once)
-    return fitted.dot(fitted.final, response).T / (len(fitted.train) * last.tokens_per_document)
+    return fitted.dot(fitted.final, response).T * fitted.shares / last.tokens_per_document
 
 
 def trak(fitted: Fitted) -> np.ndarray:

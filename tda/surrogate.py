@@ -6,8 +6,9 @@ were not trained on it, and without approximating the curvature:
 
 1. The tangent kernel K of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
    2020, arXiv 2012.00152) up to where training on half the rows would end (`counterfactual_end`).
-2. Kernel machines, fitted to the training loss on random halves of the rows. Their ridge is `ridge_scale` times 1/(eta_bar K)
-   plus the weight decay, which is SOURCE's damping for a run on half the data.
+2. Kernel machines, fitted to the training loss on random halves of the rows, each weighted by how often the run drew it.
+   Their ridge is `ridge_scale` times 1/(eta_bar K) plus the weight decay, which is SOURCE's damping for a run on half the
+   data.
 3. For every row outside a half, the effect of adding it on the outputs at every query, in closed form (`kernel_machine.py`).
 4. The score is minus that effect times the derivative of the query's cost by its outputs. The derivative is averaged over the
    machines, because a cost with a kink, such as |error|, has a slope in the mean over runs that no single run shows.
@@ -36,14 +37,15 @@ def surrogate_scores(fitted: Fitted) -> np.ndarray:
     """(query, row) scores: the predicted rise of the query's cost when the row is left out of training on half the data.
 
     Raises:
-        ValueError: the task is neither `Classification` nor `Regression` (a subclass may have another loss), there are fewer than
-            four rows, or memory is too small.
+        ValueError: the task is neither `Classification` nor `Regression` (a subclass may have another loss), the run drew fewer
+            than four rows, or memory is too small.
     """
     train, queries, task = fitted.train, fitted.queries, fitted.task
-    if type(task) not in (Classification, Regression) or not isinstance(train, Examples) or len(train) < 2 * HALVES:
+    num_seen = int((fitted.shares > 0).sum())
+    if type(task) not in (Classification, Regression) or not isinstance(train, Examples) or num_seen < 2 * HALVES:
         raise ValueError(
-            f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {len(train)} "
-            "rows; use source, which takes every task"
+            f"surrogate: needs Classification or Regression on four examples or more; got {type(task).__name__} on {num_seen} "
+            "rows that the run drew; use source, which takes every task"
         )
     num_outputs = task.outputs(fitted.model(-1), train.batch([0])).shape[1]
     needed, free = memory_needed(fitted, num_outputs), free_memory(fitted.device)
@@ -61,6 +63,7 @@ def surrogate_scores(fitted: Fitted) -> np.ndarray:
         queries,
         task=task,
         machine=machine,
+        shares=torch.from_numpy(fitted.shares),
         ridge=(fitted.settings.ridge_scale or machine.ridge_scale) * implied,
         splits=fitted.settings.splits or machine.splits,
         seed=fitted.settings.seed,
@@ -118,24 +121,30 @@ def retrained_effects(
     *,
     task: Classification | Regression,
     machine: SquaresMachine | SoftmaxMachine,
+    shares: Float[Tensor, " row"],
     ridge: float,
     splits: int,
     seed: int,
 ) -> np.ndarray:
-    """Scores (query, row) from the kernel K of all points; each of `splits` random splits gives every row one effect."""
-    num_rows = len(train)
+    """Scores (query, row) from the kernel K of all points; each of `splits` random splits gives every row one effect.
+
+    A row has the weight of its share in the loss. Rows without one were not trained on, and leaving them out has no effect.
+    """
+    num_rows, seen = len(train), shares.nonzero()[:, 0]
     K_rows, K_queries = K[:num_rows, :num_rows], K[:num_rows, num_rows:]
     machines = []
-    for inside, outside in _splits(num_rows, splits, seed=seed):
-        alpha = machine.fit(K_rows[inside[:, None], inside], train.y[inside], ridge=ridge)
-        machines.append((inside, outside, alpha))
-    of_cost = [_cost_slopes(K_queries[inside].T @ alpha, queries, task) for inside, _outside, alpha in machines]
+    for some, others in _splits(len(seen), splits, seed=seed):
+        inside, outside = seen[some], seen[others]
+        c = (shares * len(inside) / shares[inside].sum()).to(K)  # 1 where all shares are equal
+        alpha = machine.fit(K_rows[inside[:, None], inside], train.y[inside], c[inside], ridge=ridge)
+        machines.append((inside, outside, c, alpha))
+    of_cost = [_cost_slopes(K_queries[inside].T @ alpha, queries, task) for inside, _outside, _c, alpha in machines]
     slopes = torch.stack(of_cost).mean(dim=0).T[:, None]  # (output, 1, query)
     scores = torch.zeros(len(queries), num_rows, dtype=torch.float64)
-    for inside, outside, alpha in machines:
+    for inside, outside, c, alpha in machines:
         n_ridge, K_S, K_zS = len(inside) * ridge, K_rows[inside[:, None], inside], K_rows[outside[:, None], inside]
-        curvature = machine.curvature(K_S, K_S @ alpha, ridge=ridge)
-        r, w = machine.response(K_zS @ alpha, train.y[outside])
+        curvature = machine.curvature(K_S, K_S @ alpha, c[inside], ridge=ridge)
+        r, w = machine.response(K_zS @ alpha, train.y[outside], c[outside])
         leverage = w * (K_rows.diagonal()[outside] - curvature.explained(K_zS.T)) / n_ridge
         for some in torch.arange(len(queries)).split(QUERIES_AT_ONCE):
             K_q, s = K_queries[:, some], slopes[:, :, some]

@@ -156,6 +156,40 @@ def test_a_segment_in_which_nothing_was_learned_adds_nothing(method):
         assert (scores[:, seen] != 0).all()
 
 
+@pytest.mark.parametrize("method", ["ekfac_influence", "cg", "lissa", "astra"])
+def test_the_influence_of_a_row_grows_with_how_often_the_run_drew_it(method):
+    run, task, train, queries = setting("classification")
+    draws = np.array([1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 5])
+    uneven = replace(run, batches=[np.repeat(np.arange(12), draws)] * 12)
+    equal = attribute(method, replace(run, batches=[]), task, train, queries, num_segments=2).values
+    scores = attribute(method, uneven, task, train, queries, num_segments=2).values
+    np.testing.assert_allclose(scores, equal * 12 * draws / 20, rtol=1e-9)
+
+
+LEAVE_OUT = [
+    "ekfac_influence",
+    "source",
+    "fast_source",
+    "source_cg",
+    "cg",
+    "lissa",
+    "astra",
+    "averaged_influence",
+    "surrogate",
+    "replay",
+]
+
+
+@pytest.mark.parametrize("method", LEAVE_OUT)
+def test_leaving_out_a_row_that_was_not_trained_on_has_no_effect(method):
+    run, task, train, queries = setting("classification")
+    more = examples("classification", 3, 7)
+    train = Examples(torch.cat([train.x, more.x]), torch.cat([train.y, more.y]))
+    values = attribute(method, run, task, train, queries, num_segments=2).values
+    assert not values[:, 12:].any()
+    assert values[:, :12].any(axis=0).all()
+
+
 def test_an_ensemble_gives_every_member_an_equal_say_on_every_query():
     """Whatever a member's unit: ten times its scores change the ensemble's unit alone."""
     run, task, train, queries = setting("classification")

@@ -62,6 +62,12 @@ def kernel(num_points: int, *, rank: int, seed: int = 0) -> torch.Tensor:
     return phi @ phi.T + 0.1 * torch.eye(num_points, dtype=torch.float64)
 
 
+def uneven(num_rows: int) -> torch.Tensor:
+    """Weights of rows, with a mean of 1."""
+    c = torch.rand(num_rows, generator=torch.Generator().manual_seed(8), dtype=torch.float64) + 0.2
+    return c / c.mean()
+
+
 def minimised(K: torch.Tensor, loss, outputs: int, ridge: float) -> torch.Tensor:
     """Coefficients of the machine by a general minimiser."""
     alpha = torch.zeros(len(K), outputs, dtype=torch.float64, requires_grad=True)
@@ -81,22 +87,22 @@ def minimised(K: torch.Tensor, loss, outputs: int, ridge: float) -> torch.Tensor
 
 
 def test_machines_are_the_minimum_of_what_they_say():
-    K, ridge = kernel(14, rank=5), 0.3
+    K, ridge, c = kernel(14, rank=5), 0.3, uneven(10)
     y = torch.arange(10) % 3
-    alpha = SoftmaxMachine(3).fit(K[:10, :10], y, ridge=ridge)
-    expected = minimised(K[:10, :10], lambda f: F.cross_entropy(f, y), 3, ridge)
-    torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=2e-3, rtol=0)  # stops where a step is below 1e-3
+    alpha = SoftmaxMachine(3).fit(K[:10, :10], y, c, ridge=ridge)
+    expected = minimised(K[:10, :10], lambda f: (c * F.cross_entropy(f, y, reduction="none")).mean(), 3, ridge)
+    torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=3e-3, rtol=0)  # stops where a step is below 1e-3
     values = torch.randn(10, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    alpha = SquaresMachine().fit(K[:10, :10], values, ridge=ridge)
-    expected = minimised(K[:10, :10], lambda f: (f - values).square().sum() / 10, 2, ridge)
+    alpha = SquaresMachine().fit(K[:10, :10], values, c, ridge=ridge)
+    expected = minimised(K[:10, :10], lambda f: (c @ (f - values).square()).sum() / 10, 2, ridge)
     torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=1e-6, rtol=1e-6)
 
 
-def dense_hessians(f: torch.Tensor, *, trace: bool) -> torch.Tensor:
-    """(output, row, output, row): the Hessian of the summed cross-entropy in the outputs; or its trace in every direction."""
+def dense_hessians(f: torch.Tensor, c: torch.Tensor, *, trace: bool) -> torch.Tensor:
+    """(output, row, output, row): the Hessian of the weighted cross-entropies in the outputs; or its trace in every direction."""
     H = torch.zeros(f.shape[1], len(f), f.shape[1], len(f), dtype=f.dtype)
     for row, p in enumerate(f.softmax(dim=1)):
-        of_row = torch.diag(p) - torch.outer(p, p)
+        of_row = c[row] * (torch.diag(p) - torch.outer(p, p))
         H[:, row, :, row] = of_row.trace() * torch.eye(len(p), dtype=f.dtype) if trace else of_row
     return H
 
@@ -117,10 +123,12 @@ def test_curvatures_of_the_softmax_solve_as_dense_matrices_do(num_classes, num_r
     K_S = kernel(num_rows, rank=4, seed=seed)
     f = confidence * torch.randn(num_rows, num_classes, generator=generator, dtype=torch.float64)
     b = torch.randn(num_classes, num_rows, 3, generator=generator, dtype=torch.float64)
-    exact = SoftmaxCurvature(K_S, f, ridge=0.2).by_hessian(b)
-    torch.testing.assert_close(exact, dense_solve(K_S, dense_hessians(f, trace=False), num_rows * 0.2, b), atol=1e-6, rtol=1e-5)
-    by_trace = RowCurvature(K_S, 1 - f.softmax(dim=1).square().sum(dim=1), ridge=0.2)
-    expected = dense_solve(K_S, dense_hessians(f, trace=True), num_rows * 0.2, b)
+    c = uneven(num_rows)
+    exact = SoftmaxCurvature(K_S, f, c, ridge=0.2).by_hessian(b)
+    expected = dense_solve(K_S, dense_hessians(f, c, trace=False), num_rows * 0.2, b)
+    torch.testing.assert_close(exact, expected, atol=1e-6, rtol=1e-5)
+    by_trace = RowCurvature(K_S, c * (1 - f.softmax(dim=1).square().sum(dim=1)), ridge=0.2)
+    expected = dense_solve(K_S, dense_hessians(f, c, trace=True), num_rows * 0.2, b)
     torch.testing.assert_close(by_trace.solve(b), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -134,54 +142,58 @@ def test_what_the_rows_know_of_a_point_is_its_quadratic_form():
 def test_adding_a_row_moves_a_squared_machine_by_exactly_what_is_said():
     """The sum over rows is kept at n: a machine on n + 1 rows with the ridge n/(n + 1)."""
     K, y, ridge = kernel(9, rank=4), torch.randn(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), 0.2
-    z, q = 6, [7, 8]
-    alpha, curvature = (
-        SquaresMachine().fit(K[:6, :6], y[:6], ridge=ridge),
-        RowCurvature(K[:6, :6], torch.full((6,), 2.0), ridge=ridge),
-    )
-    r, w = SquaresMachine().response(K[[z], :6] @ alpha, y[[z]])
+    z, q, c, machine = 6, [7, 8], uneven(9), SquaresMachine()
+    alpha = machine.fit(K[:6, :6], y[:6], c[:6], ridge=ridge)
+    curvature = machine.curvature(K[:6, :6], K[:6, :6] @ alpha, c[:6], ridge=ridge)
+    r, w = machine.response(K[[z], :6] @ alpha, y[[z]], c[[z]])
     k = (K[q, z] - K[q, :6] @ curvature.solve(K[:6, z][None, :, None])[0, :, 0]) / (6 * ridge)
     along = (K[z, z] - curvature.explained(K[:6, [z]])) / (6 * ridge)
     larger = [*range(6), z]
-    refitted = SquaresMachine().fit(K[larger][:, larger], y[larger], ridge=ridge * 6 / 7)
+    refitted = machine.fit(K[larger][:, larger], y[larger], c[larger], ridge=ridge * 6 / 7)
     torch.testing.assert_close(K[q, :6] @ alpha + k[:, None] * r / (1 + w * along), K[q][:, larger] @ refitted)
 
 
 def test_adding_a_row_moves_a_softmax_machine_nearly_by_what_is_said():
-    K, ridge, q = kernel(40, rank=6, seed=3), 0.5, [36, 37, 38, 39]
+    K, ridge, q, c = kernel(40, rank=6, seed=3), 0.5, [36, 37, 38, 39], uneven(40)
     y = torch.arange(40) % 3
-    alpha = SoftmaxMachine(3).fit(K[:30, :30], y[:30], ridge=ridge)
+    alpha = SoftmaxMachine(3).fit(K[:30, :30], y[:30], c[:30], ridge=ridge)
     f = K[:30, :30] @ alpha
-    curvature = SoftmaxCurvature(K[:30, :30], f, ridge=ridge)
+    curvature = SoftmaxCurvature(K[:30, :30], f, c[:30], ridge=ridge)
     said, real = [], []
     for z in range(30, 36):
-        r, w = SoftmaxMachine(3).response(K[[z], :30] @ alpha, y[[z]])
+        r, w = SoftmaxMachine(3).response(K[[z], :30] @ alpha, y[[z]], c[[z]])
         known = curvature.by_hessian(K[:30, z][None, :, None] * r.T[:, None])[:, :, 0]  # (output, row)
         along = (K[z, z] - curvature.explained(K[:30, [z]])) / (30 * ridge)
         said.append((K[q, z][:, None] * r - K[q, :30] @ known.T) / (30 * ridge) / (1 + w * along))
         larger = [*range(30), z]
-        refitted = SoftmaxMachine(3).fit(K[larger][:, larger], y[larger], ridge=ridge * 30 / 31)
+        refitted = SoftmaxMachine(3).fit(K[larger][:, larger], y[larger], c[larger], ridge=ridge * 30 / 31)
         real.append(K[q][:, larger] @ refitted - K[q, :30] @ alpha)
     said, real = torch.stack(said).flatten(), torch.stack(real).flatten()
     assert torch.corrcoef(torch.stack([said, real]))[0, 1] > 0.99  # one Newton step, along the residual
     assert 0.8 < (said @ real) / (real @ real) < 1.25
 
 
-def test_surrogate_scores_are_the_mean_effect_of_adding_a_row_to_halves():
-    held = fitted("regression")
-    K = kernel(15, rank=5, seed=4)
+@pytest.mark.parametrize("draws", [[1] * 12, [2, 2, 5, 1, 1, 1, 0, 3, 2, 1, 0, 8]])
+def test_surrogate_scores_are_the_mean_effect_of_adding_a_row_to_halves(draws):
+    """A row counts as often as it was drawn; the halves are of the rows that were."""
+    held, task, machine = fitted("regression"), Regression("squared_error"), SquaresMachine()
+    K, draws = kernel(15, rank=5, seed=4), torch.tensor(draws, dtype=torch.float64)
     scores = retrained_effects(
-        K, held.train, held.queries, task=Regression("squared_error"), machine=SquaresMachine(), ridge=0.4, splits=3, seed=7
+        K, held.train, held.queries, task=task, machine=machine, shares=draws / draws.sum(), ridge=0.4, splits=3, seed=7
     )
     random, expected, slopes, effects = np.random.default_rng(7), np.zeros((3, 12)), [], []
+    seen = np.flatnonzero(draws)
+    n = len(seen) // 2
     for _ in range(3):
-        order = random.permutation(12)
-        for inside, outside in ((order[:6], order[6:]), (order[6:], order[:6])):
-            before = K[12:, inside] @ SquaresMachine().fit(K[inside][:, inside], held.train.y[inside], ridge=0.4)
+        order = seen[random.permutation(2 * n)]
+        for inside, outside in ((order[:n], order[n:]), (order[n:], order[:n])):
+            c = draws / draws[inside].mean()
+            before = K[12:, inside] @ machine.fit(K[inside][:, inside], held.train.y[inside], c[inside], ridge=0.4)
             slopes.append(2 * (before - held.queries.y))
             for z in outside:
                 larger = [*inside, z]
-                after = K[12:, larger] @ SquaresMachine().fit(K[larger][:, larger], held.train.y[larger], ridge=0.4 * 6 / 7)
+                ridge = 0.4 * n / (n + 1)
+                after = K[12:, larger] @ machine.fit(K[larger][:, larger], held.train.y[larger], c[larger], ridge=ridge)
                 effects.append((z, after - before))
     mean_slope = torch.stack(slopes).mean(dim=0)
     for z, moved in effects:
@@ -200,21 +212,23 @@ def test_surrogate_scores_of_a_classifier_are_those_of_dense_matrices(monkeypatc
         held.queries,
         task=Classification("loss"),
         machine=SoftmaxMachine(num_classes),
+        shares=torch.full((12,), 1 / 12),
         ridge=ridge,
         splits=1,
         seed=3,
     )
     order = np.random.default_rng(3).permutation(12)
     halves = [(order[:6], order[6:]), (order[6:], order[:6])]
-    alphas = [SoftmaxMachine(num_classes).fit(K[S][:, S], held.train.y[S], ridge=ridge) for S, _ in halves]
+    c = torch.ones(6, dtype=torch.float64)
+    alphas = [SoftmaxMachine(num_classes).fit(K[S][:, S], held.train.y[S], c, ridge=ridge) for S, _ in halves]
     onehot = F.one_hot(held.queries.y, num_classes)
     slopes = sum((K[12:, S] @ alpha).softmax(dim=1) - onehot for (S, _), alpha in zip(halves, alphas, strict=True)) / 2
     expected = np.zeros((3, 12))
     for (S, outside), alpha in zip(halves, alphas, strict=True):
         f = K[S][:, S] @ alpha
-        exact, trace = (dense_hessians(f, trace=trace) for trace in (False, True))
+        exact, trace = (dense_hessians(f, c, trace=trace) for trace in (False, True))
         for z in outside:
-            r, w = SoftmaxMachine(3).response(K[[z]][:, S] @ alpha, held.train.y[[z]])
+            r, w = SoftmaxMachine(3).response(K[[z]][:, S] @ alpha, held.train.y[[z]], c[:1])
             known = K[S, z][None, :, None] * torch.eye(num_classes, dtype=torch.float64)[:, None]
             by_trace = dense_solve(K[S][:, S], trace, 6 * ridge, known)
             solved = (dense_solve(K[S][:, S], exact, 6 * ridge, known) + by_trace) / 2  # (output, row, output of z)

@@ -237,7 +237,9 @@ def test_solved_influence_is_the_inverse_of_the_dense_matrix(kind, method):
     held = Fitted(run, task, train, queries, Settings.of(**chosen))
     G = segment_ggn(held, held.segments[-1], [3])
     matrix = G + 3.0 * torch.eye(len(G), dtype=torch.float64)
-    expected = pack(held.query_gradients, held.layers) @ torch.linalg.solve(matrix, rows_of(held, 3).T) / 12
+    expected = (
+        pack(held.query_gradients, held.layers) @ torch.linalg.solve(matrix, rows_of(held, 3).T) * torch.from_numpy(held.shares)
+    )
     scores = attribute(method, run, task, train, queries, **chosen)
     # two hundred of ASTRA's shrinking steps come as near as 1%
     tolerance = {"rtol": 0, "atol": 1e-2 * expected.abs().max().item()} if method == "astra" else {}
@@ -261,7 +263,9 @@ def test_solvers_start_from_ekfac_with_the_damping_that_training_implies(optimiz
         ).T
         for layer in held.layers
     }
-    expected = torch.cat([response[layer.name] for layer in held.layers], dim=1) @ rows_of(held, 3).T / 12
+    expected = (
+        torch.cat([response[layer.name] for layer in held.layers], dim=1) @ rows_of(held, 3).T * torch.from_numpy(held.shares)
+    )
     started = _solved_influence(held, lambda curvature, b: curvature.approximate_inverse(b))
     torch.testing.assert_close(torch.from_numpy(started), expected)
 
