@@ -64,7 +64,7 @@ class Run:
         if not steps or steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] != len(self.learning_rates):
             raise ValueError(
                 f"run: checkpoints at steps {steps} of {len(self.learning_rates)}; expected at least one, in rising order, the "
-                "last one at the last step; with a Recorder, num_steps has to be the number of steps taken"
+                "last one at the last step"
             )
         if self.batches and len(self.batches) != len(self.learning_rates):
             raise ValueError(f"run: {len(self.batches)} batches for {len(self.learning_rates)} steps; expected one for each step")
@@ -171,6 +171,8 @@ class Recorder:
         ...
         run = recorder.run
 
+    `num_steps` says where checkpoints lie. If training ends at another step, its checkpoint is taken when `run` is asked for.
+
     Whether gradients were clipped is not taken down: for SGD, whose steps grow with the gradient, learning rates are taken as if
     they were not, and `replay` refuses a run that clipping changed.
 
@@ -186,6 +188,7 @@ class Recorder:
         self._optimizer = optimizer
         self._settings = _settings(optimizer, model)
         self._groups = _held(optimizer)
+        self._spacing = num_steps / num_checkpoints
         self._at = {round((index + 1) * num_steps / num_checkpoints) for index in range(num_checkpoints)}
         every, trained = model.named_parameters(remove_duplicate=False), self._trained()
         self._frozen = {name for name, one in every if not one.requires_grad and id(one) not in trained}
@@ -194,6 +197,7 @@ class Recorder:
         self._learning_rates: list[float] = []
         self._batches: list[np.ndarray] = []
         self._mean = RunningMean(model)
+        self._changes = 0
 
     def step(self, rows: Sequence[int] | np.ndarray | Tensor) -> None:
         """Record an optimizer step on the training rows numbered `rows`. Call it before a scheduler changes the learning rate.
@@ -216,15 +220,34 @@ class Recorder:
         self._learning_rates.append(rate)
         self._batches.append(numbers.astype(np.int64))
         self._mean.add()
+        self._changes = self._count_changes()
         if len(self._batches) in self._at:
-            self._checkpoints.append(
-                Checkpoint(
-                    len(self._batches),
-                    self._moving(),
-                    second_moments(self._model, self._optimizer),
-                    self._mean.take(),
-                )
+            self._take_checkpoint()
+
+    def _take_checkpoint(self) -> None:
+        moments, mean = second_moments(self._model, self._optimizer), self._mean.take()
+        self._checkpoints.append(Checkpoint(len(self._batches), self._moving(), moments, mean))
+
+    def _end_here(self) -> None:
+        """Take a checkpoint at a last step that was not foreseen."""
+        num_steps = len(self._batches)
+        if self._count_changes() != self._changes:
+            raise ValueError(
+                f"recorder: the last step, {num_steps}, has no checkpoint, and weights were changed since; expected those that "
+                "it left; ask for the run before loading others, or set num_steps to the number of steps taken"
             )
+        if (late := num_steps - max(self._at)) > self._spacing:
+            warnings.warn(
+                f"recorder: the last checkpoint stands for {late} of {num_steps} steps; expected about {self._spacing:.0f}, as "
+                "for the others; set num_steps to about the number of steps taken",
+                stacklevel=3,
+            )
+        self._take_checkpoint()
+        self._at.add(num_steps)
+
+    def _count_changes(self) -> int:
+        """How often weights were changed in place, as by a step or by loading others."""
+        return sum(parameter._version for parameter in self._model.parameters())
 
     def _trained(self) -> set[int]:
         """Ids of the parameters that the optimizer has."""
@@ -237,10 +260,14 @@ class Recorder:
 
     @property
     def run(self) -> Run:
-        """The recorded run; its last checkpoint has to be at the last step taken.
+        """The recorded run.
 
-        Warns if weights have moved that the optimizer does not have, or have moved in a part of the run only.
+        Warns if weights have moved that the optimizer does not have, or have moved in a part of the run only, or if the run went
+        on long after the last step that was expected. Refused with ValueError: no step was recorded, or the last one has no
+        checkpoint and its weights are gone.
         """
+        if self._batches and len(self._batches) not in self._at:
+            self._end_here()
         model = copy.deepcopy(self._model).eval()
         trained = self._trained()
         others = [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained]

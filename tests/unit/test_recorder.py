@@ -41,6 +41,47 @@ def sgd(*parameters, **settings) -> torch.optim.SGD:
     return torch.optim.SGD(*parameters, lr=0.05, **settings)
 
 
+def recorded(num_steps: int, *, taken: int) -> tuple[nn.Sequential, Recorder]:
+    """A model and its recorder, with four checkpoints, after as many steps as were `taken`."""
+    model, rows = layers(), data()
+    optimizer = sgd(model.parameters())
+    recorder = Recorder(model, optimizer, num_steps=num_steps, num_checkpoints=4)
+    for step in range(taken):
+        optimizer.zero_grad()
+        (Classification().losses(model, rows.batch([step % 12]))[0]).backward()
+        optimizer.step()
+        recorder.step([step % 12])
+    return model, recorder
+
+
+@pytest.mark.parametrize(("taken", "steps"), [(7, [3, 6, 7]), (2, [2]), (12, [3, 6, 9, 12]), (14, [3, 6, 9, 12, 14])])
+def test_a_run_that_ends_at_another_step_than_expected_has_a_checkpoint_there(taken, steps):
+    model, recorder = recorded(12, taken=taken)
+    run = recorder.run
+    assert [checkpoint.step for checkpoint in run.checkpoints] == steps
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(run.checkpoints[-1].weights[name], value, atol=0, rtol=0)
+    assert len(recorder.run.checkpoints) == len(steps), "asked for again, it is the same"
+    attribute("source", run, Classification(), data(), data(2), num_segments=1)
+
+
+def test_a_run_without_steps_or_whose_last_weights_are_gone_is_refused():
+    with pytest.raises(ValueError, match=r"run: checkpoints at steps \[\] of 0; expected at least one"):
+        _ = recorded(12, taken=0)[1].run
+    model, recorder = recorded(12, taken=7)
+    model.load_state_dict(layers().state_dict())
+    with pytest.raises(ValueError, match="the last step, 7, has no checkpoint, and weights were changed since; expected those"):
+        _ = recorder.run
+    model, recorder = recorded(12, taken=12)
+    model.load_state_dict(layers().state_dict())
+    assert recorder.run.checkpoints[-1].step == 12
+
+
+def test_a_run_much_longer_than_expected_is_told_of():
+    with pytest.warns(UserWarning, match="the last checkpoint stands for 18 of 30 steps; expected about 3, as for the others"):
+        _ = recorded(12, taken=30)[1].run
+
+
 @pytest.mark.parametrize("rows", [[], [-1, 2], torch.tensor([True, False]), torch.tensor([0.0, 1.0]), torch.tensor(3)])
 def test_rows_that_are_no_row_numbers_are_refused(rows):
     model = layers()
