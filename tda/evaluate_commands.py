@@ -60,7 +60,7 @@ def mislabelled(request: Request, *, bad: Path | None, by: str) -> None:
     result = evaluate_mislabelled(bank, wrong, variants, range(request.num_runs), by=by, store=store, name=name)
     print(render_mislabelled(result))
     curves, words = mislabelled_curves(result)
-    _write(request, f"{name}-mislabelled", result, lambda path: plot_curves(curves, path, **words))
+    _write(request, f"{name}-mislabelled-by-{by}", result, lambda path: plot_curves(curves, path, **words))
 
 
 def make(data: Path, out: Path, *, num_subsets: int, repeats: int, seed: int) -> None:

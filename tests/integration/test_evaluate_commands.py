@@ -195,11 +195,11 @@ def test_the_control_of_classified_queries_together_is_of_any_class(classes, fol
 
 
 def test_mislabelled(classes, folder, capsys):
-    arguments = ["evaluate", "mislabelled", "--bank", str(classes), "--seeds", "2", "--json", "r.json"]
+    arguments = ["evaluate", "mislabelled", "--bank", str(classes), "--seeds", "2", "--work", "w"]
     for by, words in (("self", "by self-influence"), ("queries", "by harm to the queries")):
         assert cli.main([*arguments, "--by", by]) == cli.OK
         assert words in capsys.readouterr().out
-        result = json.loads((folder / "r.json").read_text())
+        result = json.loads((folder / "w" / f"{classes.stem}-mislabelled-by-{by}.json").read_text())
         assert set(result["methods"]) == {"ekfac_influence", "source", "training loss", "random"}
         assert result["bad"] == 6
         if by == "self":
