@@ -15,9 +15,9 @@ import jinja2
 from markupsafe import Markup
 
 from tda import charts
+from tda.excerpts import excerpt
 
 TEMPLATES = Path(__file__).parent / "templates"
-EXCERPT_CHARACTERS, EXCERPT_LINES = 300, 5
 TEXT_CHARACTERS = 6000  # of a document shown in a page; the rest is in the workspace
 _JOINERS = {"\u200c", "\u200d"}  # invisible, and part of ordinary words and emoji
 
@@ -82,15 +82,6 @@ def _shown(character: str) -> str:
     if character in "\n\t" or (code >= 32 and unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Co"}):
         return character
     return character if character in _JOINERS else f"⟨U+{code:04X}⟩"
-
-
-def excerpt(text: str) -> str:
-    """The beginning of `text`: a few lines, at most, and whole words where there are any."""
-    beginning = "\n".join(text.strip("\n").split("\n")[:EXCERPT_LINES])
-    if len(beginning) <= EXCERPT_CHARACTERS:
-        return beginning
-    cut = beginning[:EXCERPT_CHARACTERS]
-    return cut[: cut.rfind(" ")] if " " in cut[-30:] else cut
 
 
 def flat(values: dict, prefix: str = "") -> list[tuple[str, str]]:

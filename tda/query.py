@@ -8,12 +8,12 @@ import torch
 from tda.artifacts import Workspace, existing, read_table
 from tda.config import Config
 from tda.data import Documents, as_documents, load_documents
+from tda.excerpts import excerpt_in_a_line
 from tda.ingest import Document
 from tda.prepare import document_table
 from tda.scoring import load_attribution, rows_bytes, source_extremes, source_scores, store_dot
 from tda.tokens import encode_documents, load_tokenizer
 
-EXCERPT = 240  # characters
 SKETCHED_BYTES = 2**30  # of stored rows from which on sketches are used; scoring fewer rows completely takes no longer
 UNITS = {
     "loss": "rise of the text's mean loss per token (nats)",
@@ -50,7 +50,7 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
                 "score": float(value),
                 "doc_id": documents.ids[row],
                 "source": documents.sources[row],
-                "excerpt": excerpt(texts[int(row)]),
+                "excerpt": excerpt_in_a_line(texts[int(row)]),
             }
             for rank, (row, value) in enumerate(zip(rows.tolist(), values.tolist(), strict=True), start=1)
         ]
@@ -74,15 +74,6 @@ def _as_documents(text: str, *, config: Config, workspace: Workspace) -> Documen
     if not rows:
         raise ValueError(f"query: {text!r} is too few tokens; expected at least two, so that one predicts the other")
     return as_documents(document_table(rows))
-
-
-def excerpt(text: str) -> str:
-    """The beginning of `text` in one line, of whole words where there are any: some languages have no spaces."""
-    line = " ".join(text.split())
-    if len(line) <= EXCERPT:
-        return line
-    cut = line[: EXCERPT - len(" ...") + 1]
-    return (cut[: cut.rindex(" ")] if " " in cut[-30:] else cut[:-1]) + " ..."
 
 
 def render(answered: dict) -> str:

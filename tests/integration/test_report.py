@@ -8,7 +8,8 @@ import pytest
 
 from tda.artifacts import read_json, remove, write_json, write_table
 from tda.charts import number, power_of_ten, scaled, ticks
-from tda.page import excerpt, flat, visible
+from tda.excerpts import excerpt, excerpt_in_a_line
+from tda.page import flat, visible
 from tda.provenance import how_to_reproduce, lock_digest, provenance
 from tda.report import build_report
 from tests.fake_workspace import fake_workspace
@@ -169,6 +170,12 @@ def test_excerpt_is_a_few_lines_and_ends_at_a_word():
     assert excerpt("\n".join("abcdefgh")) == "a\nb\nc\nd\ne"
     assert excerpt("word " * 100) == ("word " * 60)[:-1]
     assert excerpt("x" * 1000) == "x" * 300
+
+
+def test_an_excerpt_in_a_line_ends_at_a_word_and_shows_a_text_that_has_no_spaces():
+    assert excerpt_in_a_line("some\nwords ") == "some words"
+    assert excerpt_in_a_line("word " * 100) == "word " * 47 + "..."
+    assert excerpt_in_a_line("界" * 1000) == "界" * 236 + " ..."
 
 
 def test_numbers_are_written_for_people():

@@ -387,14 +387,6 @@ def test_query_answers_from_the_store(done):
         answer("  ", config=config, workspace=workspace)
 
 
-def test_an_excerpt_ends_at_a_word_and_shows_a_text_that_has_no_spaces():
-    from tda.query import excerpt
-
-    assert excerpt("some\nwords ") == "some words"
-    assert excerpt("word " * 100) == "word " * 47 + "..."
-    assert excerpt("界" * 1000) == "界" * 236 + " ..."
-
-
 def test_query_answers_the_same_through_sketches(done, monkeypatch):
     """In a large store: all parts of a long text at once, rows found by sketches over all checkpoints, and scored exactly."""
     from tda import query
