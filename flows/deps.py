@@ -21,10 +21,9 @@ from pydantic import BaseModel
 
 from flows.settings import read_yaml, write_yaml
 from tda.artifacts import Workspace
-from tda.config import Config
+from tda.config import SECTIONS_OF_NO_RESULT, Config
 
 UNTRACKED_MODULES = {"__init__", "config"}  # the values of the configuration are tracked instead, as parameters
-UNTRACKED_SECTIONS = {"audit", "compute"}  # no stage reads the one, and where the work runs changes no result
 UNVERSIONED = {"root", "store", "work", "audits"}  # places of the workspace that DVC does not track
 DATA_OF_MODULES = {"report": "templates"}  # files of the package that a module reads
 
@@ -144,14 +143,14 @@ def _params(chains: set[tuple]) -> list[str]:
     found = set()
     for attributes in chains:
         if attributes[0] == "model_dump":  # of the whole configuration
-            found |= {(section,) for section in Config.model_fields if section not in UNTRACKED_SECTIONS}
+            found |= {(section,) for section in Config.model_fields if section not in SECTIONS_OF_NO_RESULT}
         model, key = Config, []
         for attribute in attributes:
             if not (isinstance(model, type) and issubclass(model, BaseModel) and attribute in model.model_fields):
                 break
             key.append(attribute)
             model = model.model_fields[attribute].annotation
-        if key and key[0] not in UNTRACKED_SECTIONS:
+        if key and key[0] not in SECTIONS_OF_NO_RESULT:
             found.add(tuple(key))
     for section, model in Config.model_fields.items():
         if {key[1] for key in found if key[0] == section and len(key) == 2} == set(model.annotation.model_fields):

@@ -276,6 +276,9 @@ class Compute(Section):
     compile: Literal["auto", "always", "never"]  # decoder layers, for gradient rows; auto: on a GPU
 
 
+SECTIONS_OF_NO_RESULT = {"audit", "compute"}  # no stage reads the one, and where the work runs changes no result
+
+
 class Config(Section):
     """All sections of `params.yaml`."""
 

@@ -137,8 +137,11 @@ class Fitted:
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """(row,) the share of the run's draws that each row got."""
-        return self.run.shares(len(self.train))
+        """(row,) the share of the run's draws that each row got: 1/N if all were drawn equally often, or it is unknown how."""
+        if not self.run.batches:
+            return np.full(len(self.train), 1 / len(self.train))
+        drawn = np.concatenate(self.run.batches)
+        return np.bincount(drawn, minlength=len(self.train)) / len(drawn)
 
     @property
     def final(self) -> int:

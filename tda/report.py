@@ -8,7 +8,7 @@ import polars as pl
 from tda import charts
 from tda.artifacts import Workspace, existing, read_json, read_table
 from tda.charts import number, power_of_ten, scaled, times_power
-from tda.config import Config
+from tda.config import SECTIONS_OF_NO_RESULT, Config
 from tda.page import both, document_card, flat, label, percent, render, signed, visible
 from tda.provenance import provenance
 
@@ -80,7 +80,7 @@ def build_report(workspace: Workspace, config: Config) -> str:
         damage=_damage(workspace, metrics, config),
         preparation=_preparation(read_json(workspace.preparation, stage="prepare")),
         limits=_limits(config, training, verdict),
-        parameters=flat(config.model_dump(exclude={"compute", "audit"})),  # the others; these two change no result
+        parameters=flat(config.model_dump(exclude=SECTIONS_OF_NO_RESULT)),
         stores=[read_json(workspace.gradients(index), stage="gradients") for index in config.train.checkpoints],
         made=provenance(workspace.root),
         method=method_name(config.curation.method),

@@ -84,13 +84,6 @@ class Run:
             "documents": [rows.tolist() for rows in self.batches] or [[]] * len(self.learning_rates),
         })
 
-    def shares(self, num_rows: int) -> np.ndarray:
-        """(row,) the share of all draws that each of `num_rows` rows got: 1/N if all were drawn equally often."""
-        if not self.batches:
-            return np.full(num_rows, 1 / num_rows)
-        drawn = np.concatenate(self.batches)
-        return np.bincount(drawn, minlength=num_rows) / len(drawn)
-
     def at_least_float32(self) -> "Run":
         """The run in float32 or wider: in less, what a single row adds to a sum would be lost in rounding."""
 

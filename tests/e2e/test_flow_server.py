@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.shell import STOP_SECONDS
 from tests.processes import ENOUGH, processes_with, wait_until
 
 pytestmark = pytest.mark.server
@@ -368,7 +369,7 @@ def test_a_stopped_flow_leaves_no_process_and_starts_no_further_stage(server, to
         wait_until(lambda: flow.poll() is not None or any("part.sh" in command for command in processes_of(home)))
         assert flow.returncode is None, flow.communicate()
         (flow.send_signal if number == signal.SIGKILL else lambda number: os.killpg(flow.pid, number))(number)
-        flow.wait(ENOUGH)  # seconds by itself; a machine that is busy may take until it is killed
+        flow.wait(2 * STOP_SECONDS)  # seconds by itself; a machine that is busy may take until it is killed
         wait_until(lambda: not processes_of(home))
     finally:
         for left in processes_with(f"PREFECT_HOME={home}"):

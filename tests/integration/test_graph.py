@@ -16,7 +16,7 @@ from flows import deps, graph
 from flows.settings import override, read_yaml
 from flows.slots import Slots, environments, parse_gpus
 from tda.artifacts import Workspace
-from tda.config import Compute, Config, load_config
+from tda.config import SECTIONS_OF_NO_RESULT, Compute, Config, load_config
 from tda.pipeline import STAGES
 from tests.processes import wait_until
 
@@ -61,7 +61,7 @@ def test_every_parameter_of_a_stage_exists_and_its_own_section_is_one(name):
         found = values
         for part in key.split("."):
             found = getattr(found, part)
-    assert not any(key.split(".")[0] in deps.UNTRACKED_SECTIONS for key in params)
+    assert not any(key.split(".")[0] in SECTIONS_OF_NO_RESULT for key in params)
 
 
 def test_every_input_is_made_by_an_earlier_stage():
