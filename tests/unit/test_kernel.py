@@ -16,7 +16,7 @@ from tda.fitted import Fitted, Settings
 from tda.ggn import pack
 from tda.iterative import block_krylov
 from tda.kernel import rank_one_roots, tangent_kernel
-from tda.kernel_machine import RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
+from tda.kernel_machine import TOLERANCE, RowCurvature, SoftmaxCurvature, SoftmaxMachine, SquaresMachine
 from tda.methods import prior_of
 from tda.surrogate import memory_needed, path_kernel, retrained_effects
 from tda.task import CausalLM, Classification, Regression
@@ -86,12 +86,15 @@ def minimised(K: torch.Tensor, loss, outputs: int, ridge: float) -> torch.Tensor
     return alpha.detach()
 
 
-def test_machines_are_the_minimum_of_what_they_say():
-    K, ridge, c = kernel(14, rank=5), 0.3, uneven(10)
+@pytest.mark.parametrize(("c", "tolerance"), [(torch.ones(10, dtype=torch.float64), TOLERANCE), (uneven(10), TOLERANCE / 10)])
+def test_machines_are_the_minimum_of_what_they_say(monkeypatch, c, tolerance):
+    """Weighted rows stop a little farther off; with shorter last steps they come nearer."""
+    monkeypatch.setattr("tda.kernel_machine.TOLERANCE", tolerance)
+    K, ridge = kernel(14, rank=5), 0.3
     y = torch.arange(10) % 3
     alpha = SoftmaxMachine(3).fit(K[:10, :10], y, c, ridge=ridge)
     expected = minimised(K[:10, :10], lambda f: (c * F.cross_entropy(f, y, reduction="none")).mean(), 3, ridge)
-    torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=3e-3, rtol=0)  # stops where a step is below 1e-3
+    torch.testing.assert_close(K[:10].T @ alpha, K[:10].T @ expected, atol=2e-3, rtol=0)  # stops where a step is below 1e-3
     values = torch.randn(10, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     alpha = SquaresMachine().fit(K[:10, :10], values, c, ridge=ridge)
     expected = minimised(K[:10, :10], lambda f: (c @ (f - values).square()).sum() / 10, 2, ridge)

@@ -1,5 +1,7 @@
 """What a `Recorder` takes down of training loops, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -21,10 +23,12 @@ def layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-def train(model: nn.Module, *optimizers: torch.optim.Optimizer, before=lambda _step: None, after=lambda: None) -> Run:
-    """Twelve steps of four rows with all optimizers, of which the first is recorded, at four checkpoints."""
+def recorded(
+    model: nn.Module, *optimizers: torch.optim.Optimizer, steps: int = 12, before=lambda _step: None, after=lambda: None
+) -> Recorder:
+    """Steps of four rows with all optimizers, of which the first is recorded; four checkpoints of twelve steps are expected."""
     rows, recorder = data(), Recorder(model, optimizers[0], num_steps=12, num_checkpoints=4)
-    for step in range(12):
+    for step in range(steps):
         before(step)
         numbers = [(4 * step + place) % 12 for place in range(4)]
         for optimizer in optimizers:
@@ -34,29 +38,22 @@ def train(model: nn.Module, *optimizers: torch.optim.Optimizer, before=lambda _s
             optimizer.step()
         recorder.step(numbers)
         after()
-    return recorder.run
+    return recorder
+
+
+def train(model: nn.Module, *optimizers: torch.optim.Optimizer, **called) -> Run:
+    """The run of twelve steps."""
+    return recorded(model, *optimizers, **called).run
 
 
 def sgd(*parameters, **settings) -> torch.optim.SGD:
     return torch.optim.SGD(*parameters, lr=0.05, **settings)
 
 
-def recorded(num_steps: int, *, taken: int) -> tuple[nn.Sequential, Recorder]:
-    """A model and its recorder, with four checkpoints, after as many steps as were `taken`."""
-    model, rows = layers(), data()
-    optimizer = sgd(model.parameters())
-    recorder = Recorder(model, optimizer, num_steps=num_steps, num_checkpoints=4)
-    for step in range(taken):
-        optimizer.zero_grad()
-        (Classification().losses(model, rows.batch([step % 12]))[0]).backward()
-        optimizer.step()
-        recorder.step([step % 12])
-    return model, recorder
-
-
 @pytest.mark.parametrize(("taken", "steps"), [(7, [3, 6, 7]), (2, [2]), (12, [3, 6, 9, 12]), (14, [3, 6, 9, 12, 14])])
 def test_a_run_that_ends_at_another_step_than_expected_has_a_checkpoint_there(taken, steps):
-    model, recorder = recorded(12, taken=taken)
+    model = layers()
+    recorder = recorded(model, sgd(model.parameters()), steps=taken)
     run = recorder.run
     assert [checkpoint.step for checkpoint in run.checkpoints] == steps
     for name, value in model.state_dict().items():
@@ -66,20 +63,29 @@ def test_a_run_that_ends_at_another_step_than_expected_has_a_checkpoint_there(ta
 
 
 def test_a_run_without_steps_or_whose_last_weights_are_gone_is_refused():
+    model = layers()
     with pytest.raises(ValueError, match=r"run: checkpoints at steps \[\] of 0; expected at least one"):
-        _ = recorded(12, taken=0)[1].run
-    model, recorder = recorded(12, taken=7)
+        _ = recorded(model, sgd(model.parameters()), steps=0).run
+    recorder = recorded(model, sgd(model.parameters()), steps=7)
     model.load_state_dict(layers().state_dict())
     with pytest.raises(ValueError, match="the last step, 7, has no checkpoint, and weights were changed since; expected those"):
         _ = recorder.run
-    model, recorder = recorded(12, taken=12)
+    recorder = recorded(model, sgd(model.parameters()))
     model.load_state_dict(layers().state_dict())
     assert recorder.run.checkpoints[-1].step == 12
 
 
+def test_a_run_whose_last_step_has_no_checkpoint_is_refused():
+    model = layers()
+    run = train(model, sgd(model.parameters()))
+    with pytest.raises(ValueError, match=r"checkpoints at steps \[3, 6, 9\] of 12"):
+        replace(run, checkpoints=run.checkpoints[:-1])
+
+
 def test_a_run_much_longer_than_expected_is_told_of():
+    model = layers()
     with pytest.warns(UserWarning, match="the last checkpoint stands for 18 of 30 steps; expected about 3, as for the others"):
-        _ = recorded(12, taken=30)[1].run
+        _ = recorded(model, sgd(model.parameters()), steps=30).run
 
 
 @pytest.mark.parametrize("rows", [[], [-1, 2], torch.tensor([True, False]), torch.tensor([0.0, 1.0]), torch.tensor(3)])
