@@ -42,7 +42,7 @@ def at_mean_of(fitted: Fitted, checkpoints: Sequence[int]) -> Fitted:
     """The run as one segment, at its mean weights over the stretches of training that end at these checkpoints (indices)."""
     num_rows = math.ceil(fitted.settings.solver_terms / fitted.train.num_loss_tokens.mean())
     settings = replace(fitted.settings, num_segments=1, solver_examples=num_rows)
-    return Fitted(at_mean(fitted.run, checkpoints), fitted.task, fitted.train, fitted.queries, settings)
+    return Fitted(at_mean(fitted.run, checkpoints), fitted.task, fitted.train, fitted.queries, settings, embeddings=True)
 
 
 def averaged_response(place: Fitted, query: Gradients) -> Gradients:

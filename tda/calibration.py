@@ -349,6 +349,8 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
     model, shapes = sample.model, costs.tracking(sample.shapes, _pattern(config, sample.shapes))
     documents, rank = sample.documents, config.gradients.rank
     layers = list(shapes.tracked)
+    whole = costs.with_embedding(shapes, config.curvature.layers)  # what averaged influence follows
+    followed = [*layers, whole.embedding] if whole.embedding and whole.follows_embedding else layers
     lengths, predictions = documents.lengths, documents.num_loss_tokens
     plan = batch_plan(lengths, batch_tokens=sample.batch_tokens)
     plan = [plan[place] for place in sorted({len(plan) // 4, 3 * len(plan) // 4})]  # long documents, and short ones
@@ -363,10 +365,10 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
     optimizer = make_optimizer(model, config.train)
     batches = [documents.batch(rows) for rows in plan]
     basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
-    query = {name: G[:1] for name, G in query_gradients(model, layers, batches[-1:], task=task)[0].items()}
+    query = {name: G[:1] for name, G in query_gradients(model, followed, batches[-1:], task=task)[0].items()}
     vectors = min(MOST_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
-    product = gauss_newton_product(model, layers, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
-    v = torch.randn(vectors, shapes.gradient)
+    product = gauss_newton_product(model, followed, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
+    v = torch.randn(vectors, whole.gradient)
     few = documents.select(np.concatenate(plan))
 
     def load(rows: Sequence[Sequence[int]]) -> costs.Load:
@@ -389,10 +391,10 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
         ),
         "queries": (lambda: query_gradients(model, layers, batches[-1:], task=task), costs.query_pass(shapes, load(plan[-1:]))),
         "dots": (
-            lambda: [gradient_dots(model, layers, batch, task=task, queries=query) for batch in batches],
-            costs.dot_pass(shapes, load(plan), queries=1),
+            lambda: [gradient_dots(model, followed, batch, task=task, queries=query) for batch in batches],
+            costs.dot_pass(whole, load(plan), queries=1),
         ),
-        "product": (lambda: product(v), costs.product_pass(shapes, load(solver), vectors=vectors)),
+        "product": (lambda: product(v), costs.product_pass(whole, load(solver), vectors=vectors)),
         "forward": (
             lambda: mean_loss(model, few, batch_tokens=sample.batch_tokens),
             costs.forward(shapes, load(plan)),

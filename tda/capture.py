@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tda.model import Layer, input_of, layer_inputs, layer_outputs, plain_head
+from tda.model import Layer, input_of, layer_inputs, layer_outputs, one_hot, plain_head, uses_of
 
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
@@ -24,6 +24,10 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     `encode(layer, a)` is called in the forward pass with the input `a` (batch, position, inputs), once for all layers of a group
     (`layer` is the first of them), and returns what to keep of it. `consume(layer, kept, Ds)` is called in the backward pass with
     that and with the gradient `Ds` (batch, position, d_out) at the layer's output. `model.layer_inputs` says what positions are.
+
+    The matrix of an embedding has a row for each token, as that of a head. A look-up multiplies it from the other side, so that
+    `a` is the gradient at its output, `Ds` is one-hot, and both are called in the backward pass. A head with the same weight is
+    another use of the layer: the gradient is the sum over all uses.
 
     Raises:
         ValueError: the model is in training mode, where dropout would make every gradient wrong; or, at a pass, a layer runs
@@ -54,6 +58,10 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
         return held[1]
 
     def on_layer(layer: Layer) -> Callable:
+        def look_up(module: nn.Embedding, tokens: Tensor, Ds: Tensor, seen: Sequence[int]) -> None:
+            kept = encode(layer, layer_inputs(module, Ds, seen))
+            consume(layer, kept, layer_outputs(module, one_hot(module, tokens, like=Ds), seen))
+
         def hook(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 raise ValueError(
@@ -61,11 +69,14 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
                     "that is differentiated; leave it out by the pattern of layers (curvature.layers in params.yaml, for "
                     "`attribute`: layers)"
                 )
-            kept = on_input(layer, module, input_of(inputs, named))
             if not output.requires_grad:
                 output = output.requires_grad_().clone()  # not the leaf itself: the next layer may change its input in place
-            seen = shape
-            output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, as_weight(module, Ds), seen)))
+            called_on, seen = input_of(inputs, named), shape
+            if isinstance(module, nn.Embedding):
+                output.register_hook(lambda Ds: look_up(module, called_on, as_weight(module, Ds), seen))
+            else:
+                kept = on_input(layer, module, called_on)
+                output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, as_weight(module, Ds), seen)))
             return output
 
         return hook
@@ -77,7 +88,11 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
         shared.clear()
 
-    handles = [modules[layer.name].register_forward_hook(on_layer(layer), with_kwargs=True) for layer in layers]
+    handles = [
+        module.register_forward_hook(on_layer(layer), with_kwargs=True)
+        for layer in layers
+        for module in uses_of(model, modules[layer.name])
+    ]
     for module in {model, getattr(model, "base_model", model)}:
         handles += [module.register_forward_pre_hook(start, with_kwargs=True), module.register_forward_hook(release)]
     model.requires_grad_(False)

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from tda.ekfac import strip_width
-from tda.model import EVERY_LAYER, Layer, num_parameters, num_trained_parameters, tracked_layers
+from tda.model import EVERY_LAYER, Layer, embedding_layers, num_parameters, num_trained_parameters, tracked_layers
 from tda.stored_rows import stored_bytes
 
 FLOAT = 4  # bytes of a float32
@@ -39,6 +39,8 @@ class Decoder:
     parameters: int  # shared ones counted once
     frozen: frozenset[str] = frozenset()  # names of the matrices that training leaves as they are, beside adapters
     frozen_parameters: int = 0
+    embedding: Layer | None = None  # the matrix of tokens, if it is trained
+    follows_embedding: bool = False  # whether it is tracked too, with a head that shares it
 
     @property
     def trained(self) -> tuple[Layer, ...]:
@@ -64,7 +66,7 @@ class Decoder:
     @property
     def head_is_tracked(self) -> bool:
         """Whether the head is tracked; its logits are then taken at all tokens."""
-        return self.head_is_matrix and self.matrices[-1].name == self.tracked[-1].name
+        return self.head_is_matrix and self.matrices[-1].name in {layer.name for layer in self.tracked}
 
     @property
     def body(self) -> int:
@@ -74,7 +76,12 @@ class Decoder:
     @property
     def gradient(self) -> int:
         """Values of a full gradient of the tracked layers."""
-        return sum(layer.d_in * layer.d_out for layer in self.tracked)
+        return _values(set(self.uses))
+
+    @property
+    def uses(self) -> tuple[Layer, ...]:
+        """The tracked layers as often as they are used: an embedding that shares its weight with the head is there twice."""
+        return (*self.tracked, self.embedding) if self.embedding and self.follows_embedding else self.tracked
 
     @property
     def sides(self) -> list[int]:
@@ -91,6 +98,10 @@ class Decoder:
 
 def _weights(layer: Layer) -> int:
     return (layer.d_in - layer.bias) * layer.d_out
+
+
+def _values(layers: Iterable[Layer]) -> int:
+    return sum(layer.d_in * layer.d_out for layer in layers)
 
 
 def _kept(side: int, rank: int) -> int:
@@ -157,12 +168,17 @@ def training_step(model: Decoder, load: Load) -> int:
 
 def frozen_pass(model: Decoder, load: Load) -> int:
     """Forward, and backward to the outputs of the first tracked layers: no weight gradient, nothing below."""
-    first, group = model.first, model.matrices[model.first].group
+    first, group = _start(model)
     above = sum(_weights(layer) for layer in _without_head(model)[first:] if layer.group != group)
     attention = 8 * load.squares * sum(block.width for block in model.attention if block.after > first)
     logits = model.head_is_tracked
     backward_of_head = 0 if logits and model.matrices[-1].group == group else _head(model, load, logits=logits)
     return forward(model, load, logits=logits) + 2 * load.tokens * above + attention + backward_of_head
+
+
+def _start(model: Decoder) -> tuple[int, str]:
+    """The place of the first tracked matrix and its group, whose inputs need no gradient: none, with an embedding before it."""
+    return (0, "") if model.follows_embedding else (model.first, model.matrices[model.first].group)
 
 
 def covariance_pass(model: Decoder, load: Load, *, rank: int = 0) -> int:
@@ -206,12 +222,20 @@ def row_pass(model: Decoder, load: Load, *, rank: int) -> int:
 
 def query_pass(model: Decoder, load: Load) -> int:
     """A frozen pass that keeps every document's full gradient."""
-    return frozen_pass(model, load) + 2 * load.tokens * model.gradient
+    return frozen_pass(model, load) + 2 * load.tokens * _values(model.uses)
 
 
 def dot_pass(model: Decoder, load: Load, *, queries: int) -> int:
     """A frozen pass with the dot products of every document's full gradient with `queries` others."""
-    return query_pass(model, load) + 2 * load.documents * queries * model.gradient
+    return query_pass(model, load) + 2 * load.documents * queries * _values(model.uses)
+
+
+def embedding_pass(model: Decoder, load: Load) -> int:
+    """A frozen pass that squares every document's gradient of the embedding, by each of its uses; without one, nothing."""
+    if not model.follows_embedding:
+        return 0
+    alone = replace(model, tracked=tuple(layer for layer in model.tracked if layer == model.embedding))
+    return query_pass(alone, load)
 
 
 def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
@@ -221,7 +245,7 @@ def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
     weight of a matrix that is not tracked, or of an input that nothing tracked lies below, is multiplied once for all vectors; if
     both are, there is none.
     """
-    first, group = model.first, model.matrices[model.first].group
+    first, group = _start(model)
     tracked = {layer.name for layer in model.tracked}
     body = [layer for layer in _without_head(model)[first:] if layer.group != group or layer.name in tracked]
     one_way = sum(_weights(layer) * ((layer.group != group) + (layer.name in tracked)) for layer in body)
@@ -324,10 +348,11 @@ def with_blocks(model: Decoder, number: int) -> Decoder:
 def with_vocabulary(model: Decoder, size: int) -> Decoder:
     """The model with as many tokens; its parameters are not counted anew."""
     head = (model.head[0], size)
+    embedding = model.embedding and replace(model.embedding, d_out=size)
     if not model.head_is_matrix:
-        return replace(model, head=head)
+        return replace(model, head=head, embedding=embedding)
     matrices = (*model.matrices[:-1], replace(model.matrices[-1], d_out=size))
-    return tracking(replace(model, matrices=matrices, head=head), EVERY_LAYER)
+    return tracking(replace(model, matrices=matrices, head=head, embedding=embedding), EVERY_LAYER)
 
 
 def _renumbered(layer: Layer, block: int) -> Layer:
@@ -354,6 +379,15 @@ def tracking(model: Decoder, pattern: str) -> Decoder:
     for layer in chosen:
         leaders.setdefault(layer.group, layer.name)
     return replace(model, tracked=tuple(replace(layer, group=leaders[layer.group]) for layer in chosen))
+
+
+def with_embedding(model: Decoder, pattern: str) -> Decoder:
+    """The model with its embedding tracked, and the head if it shares the weight, as averaged influence does."""
+    embedding = model.embedding
+    if embedding is None or not re.fullmatch(pattern, embedding.name):
+        return model
+    shared = () if model.head_is_matrix else (embedding,)
+    return replace(model, matrices=model.matrices + shared, tracked=model.tracked + shared, follows_embedding=True)
 
 
 def shapes_of(model: nn.Module) -> Decoder:
@@ -384,6 +418,7 @@ def shapes_of(model: nn.Module) -> Decoder:
             num_parameters(model),
             frozen=frozenset(layer.name for layer in layers if layer.name not in trained),
             frozen_parameters=num_parameters(model) - num_trained_parameters(model),
+            embedding=next((layer for layer in embedding_layers(model) if layer.d_out == vocabulary), None),
         ),
         EVERY_LAYER,
     )

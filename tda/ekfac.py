@@ -52,6 +52,21 @@ class EKFAC:
 
 
 @dataclass(frozen=True)
+class Diagonal:
+    """Curvature of a matrix that counts as diagonal in the weights themselves, as that of a large vocabulary's embedding."""
+
+    Lambda: Float[Tensor, "d_out d_in"]  # mean squared gradient, per document
+
+    def apply(self, f: SpectralFn, G: Float[Tensor, "*n d_out d_in"]) -> Float[Tensor, "*n d_out d_in"]:
+        """The matrix function f of the curvature, applied to gradients G."""
+        return f(self.Lambda) * G
+
+    def to(self, device: torch.device) -> "Diagonal":
+        """The curvature on `device`."""
+        return Diagonal(self.Lambda.to(device))
+
+
+@dataclass(frozen=True)
 class Covariances:
     """Sums over tokens: `A` of `a a^T`, by group of layers, and `S` of `Ds Ds^T`, by layer."""
 
@@ -238,6 +253,29 @@ def corrected_eigenvalues(
             total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
             total.backward()
     return Lambda, num_documents
+
+
+def squared_gradients(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[DocumentBatch | TensorBatch],
+    *,
+    task: Task,
+    generator: torch.Generator,
+) -> dict[str, Float[Tensor, "d_out d_in"]]:
+    """Sums over documents of the squared gradient with sampled labels, by layer. Uses of one weight are squared apart."""
+    zero = at_least_float32(next(model.parameters()).new_zeros(()))
+    sums = {layer.name: zero.new_zeros(layer.d_out, layer.d_in) for layer in layers}
+    batch: DocumentBatch | TensorBatch
+
+    def add_squares(layer: Layer, a: Tensor, Ds: Tensor) -> None:
+        add_squared_gradients(sums[layer.name], batch.by_document(Ds), batch.by_document(a))
+
+    with captured(model, layers, encode=lambda layer, a: append_one(a, bias=layer.bias), consume=add_squares):
+        for batch in batches:
+            total, _losses = task.losses(model, batch, labels="sampled", generator=generator)
+            total.backward()
+    return sums
 
 
 def basis_like(like: Tensor, basis: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -401,27 +401,29 @@ def _row_scores(case: _Case) -> tuple[dict[str, float], Number]:
 def _averaged_influence(case: _Case) -> tuple[dict[str, float], Number]:
     """What averaged influence adds to scoring, beside a second pass over the queries: processor seconds by kind, and bytes."""
     model, documents, num = case.model, case.documents, len(case.documents)
+    whole = costs.with_embedding(model, case.config.curvature.layers)
     solver_tokens = min(case.config.gradients.batch_tokens, SOLVER_BATCH_TOKENS)
     examples = min(num, case.config.curvature.num_documents or num)
     random = np.random.default_rng(0)
     fitted = case.load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
     solver_rows = min(num, math.ceil(SOLVER_TOKENS / documents.num_loss_tokens.mean()))
     solved = case.load(documents.select(random.choice(num, solver_rows, replace=False)), solver_tokens)
-    groups = groups_for(len(case.corpus.scored), gradient=model.gradient)
+    groups = groups_for(len(case.corpus.scored), gradient=whole.gradient)
     positions = max(solver_tokens, int(documents.lengths.max()))
     vectors = min(groups, queries_at_once(list(model.tracked), positions=positions, values=VALUES_AT_ONCE))
-    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(model, solved, vectors=vectors)
-    krylov = sum(2 * model.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
+    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(whole, solved, vectors=vectors)
+    krylov = sum(2 * whole.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
     krylov += ROUNDS * costs.applications(model, queries=groups)
     work = {
         "curvature": case.seconds("covariances", costs.covariance_pass(model, fitted))
         + case.seconds("eigenvalues", costs.eigenvalue_pass(model, fitted))
-        + case.seconds("eigh", costs.eigenbases(model)),
+        + case.seconds("eigh", costs.eigenbases(model))
+        + case.seconds("eigenvalues", costs.embedding_pass(whole, solved)),
         "solve": case.seconds("product", solving) + case.seconds("algebra", krylov),
-        "all documents": case.seconds("dots", costs.dot_pass(model, case.load(documents, solver_tokens), queries=1)),
+        "all documents": case.seconds("dots", costs.dot_pass(whole, case.load(documents, solver_tokens), queries=1)),
     }
     directions = 2 * ROUNDS if groups > 1 else 0  # block Krylov keeps them and the products with them
-    searched = (directions + SOLVER_VECTORS) * groups * model.gradient
+    searched = (directions + SOLVER_VECTORS) * groups * whole.gradient
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
     return work, (searched + vectors * solver_tokens * widest) * FLOAT
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from tda.counterfactual import Retrain, Retraining, retrained
 from tda.data import Batch, Data, Documents, Examples, TensorBatch, batch_plan
+from tda.ekfac import Diagonal, squared_gradients
 from tda.factors import SegmentFactors
 from tda.fit_factors import fit_factors
 from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import check_gradients, check_losses, gradient_dots, gradient_squares, query_gradients
-from tda.model import EVERY_LAYER, Layer, layer_matrix, linear_modules, parameter_name, tracked_layers, what_is_left_out
-from tda.preconditioner import preconditioner_of
+from tda.model import EVERY_LAYER, Layer, embedding_layers, layer_matrix, parameter_name, tracked_layers, what_is_left_out
+from tda.preconditioner import LayerCurvature, plain, preconditioner_of, scaled_diagonal
 from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
@@ -86,10 +87,23 @@ class Settings:
 
 
 class Fitted:
-    """A run, its task, its training data and queries, and what methods compute from them."""
+    """A run, its task, its training data and queries, and what methods compute from them.
 
-    def __init__(self, run: Run, task: Task, train: Data, queries: Data, settings: Settings, *, retrain: Retrain | None = None):
-        self._retrain = retrain
+    With `embeddings`, their matrices count among the layers, as far as they can be followed; of these, curvature is diagonal.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        train: Data,
+        queries: Data,
+        settings: Settings,
+        *,
+        retrain: Retrain | None = None,
+        embeddings: bool = False,
+    ):
+        self._retrain, self._with_embeddings = retrain, embeddings
         self.run, self.task, self.settings = run.at_least_float32(), task, settings
         self.device = next(self.run.model.parameters()).device
         self.train, self.queries = (
@@ -114,7 +128,11 @@ class Fitted:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """The tracked layers. Warns if much of the model is not tracked, unless `settings.layers` chose it so."""
+        """The tracked layers, embeddings last. Warns if much of the model is not tracked, unless `layers` chose it so."""
+        return [*self._linear, *self._embeddings]
+
+    @cached_property
+    def _linear(self) -> list[Layer]:
         model = self.model(-1)
         layers = tracked_layers(model, self.settings.layers, probe=self._probe)
         two = self._batch(range(min(2, len(self.train))))
@@ -124,6 +142,20 @@ class Fitted:
         if said:
             warnings.warn(f"attribute: {said}", stacklevel=2)
         return layers
+
+    @cached_property
+    def _embeddings(self) -> list[Layer]:
+        """The embeddings whose gradients can be told apart by example; others are left out, as those of positions."""
+        model, two = self.model(-1), self._batch(range(min(2, len(self.train))))
+
+        def can_be_followed(layer: Layer) -> bool:
+            try:
+                check_gradients(model, [layer], two, task=self.task)
+            except ValueError:
+                return False
+            return True
+
+        return list(filter(can_be_followed, embedding_layers(model, self.settings.layers))) if self._with_embeddings else []
 
     def _probe(self, model: nn.Module) -> object:
         return self.task.losses(model, self._batch([0]))
@@ -198,6 +230,10 @@ class Fitted:
         for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
             yield self._batch(rows)
 
+    def _batches_of(self, rows: np.ndarray) -> list[Batch | TensorBatch]:
+        plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
+        return [self._batch(rows[chosen].tolist()) for chosen in plan]
+
     def dot(self, checkpoint: int, queries: Gradients) -> np.ndarray:
         """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
         model = self.model(checkpoint)
@@ -246,9 +282,7 @@ class Fitted:
 
     def product(self, segment: Segment, checkpoints: list[int]) -> Product:
         """Products with the segment's Gauss-Newton matrix: the mean over `checkpoints`, on a fixed set of its rows."""
-        rows = self._seen(segment, self.settings.solver_examples)
-        plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
-        batches = [self._batch(rows[chosen].tolist()) for chosen in plan]
+        batches = self._batches_of(self._seen(segment, self.settings.solver_examples))
         products = [self._product(segment, self.model(checkpoint), batches) for checkpoint in checkpoints]
 
         def mean(v: Tensor) -> Tensor:
@@ -276,7 +310,7 @@ class Fitted:
     def queries_at_once(self) -> int:
         """How many queries are multiplied together: as many as keep the tangents nearly in the processor's cache."""
         positions = max(self.batch_size, int(self.train.lengths.max()))
-        return queries_at_once(self.layers, positions=positions, values=VALUES_AT_ONCE)
+        return queries_at_once(self._linear, positions=positions, values=VALUES_AT_ONCE)
 
     def stochastic_products(self, segment: Segment, checkpoint: int) -> Callable[[int], Product]:
         """For every number k, products with the Gauss-Newton matrix of a random batch of rows (of `batch_size`)."""
@@ -301,7 +335,7 @@ class Fitted:
 
     def second_moments(self, index: int) -> dict[str, Tensor]:
         """AdamW's bias-corrected second moments at a checkpoint, by layer, (d_out, d_in); a layer without is a ValueError."""
-        checkpoint, modules = self.run.checkpoints[index], linear_modules(self.run.model)
+        checkpoint = self.run.checkpoints[index]
         v, correction = checkpoint.second_moments, checkpoint.bias_correction(self.run.optimizer)
 
         def matrix(layer: Layer) -> Tensor:
@@ -312,7 +346,7 @@ class Fitted:
                     "with it; expected those of every layer at every checkpoint; if it was not trained from the start, leave it "
                     "out by the pattern of layers (`layers` of `attribute`)"
                 )
-            return layer_matrix(modules[layer.name], weight, bias)
+            return layer_matrix(self.run.model.get_submodule(layer.name), weight, bias)
 
         return {layer.name: matrix(layer).cpu() / correction for layer in self.layers}
 
@@ -321,6 +355,30 @@ class Fitted:
         """What every segment does to a query."""
         adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
         return [
-            SegmentDynamics(segment.index, held.curvature(adam), segment.time, self.run.optimizer.weight_decay)
+            SegmentDynamics(
+                segment.index,
+                held.curvature(adam) | self._embedding_curvature(segment, held.P),
+                segment.time,
+                self.run.optimizer.weight_decay,
+            )
             for segment, held in zip(self.segments, self.factors, strict=True)
         ]
+
+    def _embedding_curvature(self, segment: Segment, P: dict[str, Tensor]) -> dict[str, LayerCurvature]:
+        """The curvature of embeddings on the rows that solvers use, averaged over the segment's checkpoints."""
+        if not self._embeddings:
+            return {}
+        rows = self._seen(segment, self.settings.solver_examples)
+        generator = torch.Generator(self.device).manual_seed(self.settings.seed * 1000 + segment.index)
+        held: dict[str, LayerCurvature] = {}
+        each = [
+            squared_gradients(
+                self.model(checkpoint), self._embeddings, self._batches_of(rows), task=self.task, generator=generator
+            )
+            for checkpoint in segment.checkpoints
+        ]
+        weight = 1 / (segment.tokens_per_document * len(rows) * len(each))
+        for layer in self._embeddings:
+            H = Diagonal(sum(sums[layer.name] for sums in each).cpu() * weight)
+            held[layer.name] = scaled_diagonal(H, P[layer.name]) if P else plain(H)
+        return held

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.data import Batch, TensorBatch
-from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, parameter_name, plain_head
+from tda.model import Layer, layer_matrix, layer_parameters, parameter_name, plain_head
 from tda.parallel import DEVICE_ERRORS
 from tda.task import Task
 
@@ -47,7 +47,7 @@ def gauss_newton_product(
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes every product another one; call model.eval() first")
     plain_head(model)  # probes a model it has not seen: before it is differentiated
-    network, modules = _Outputs(model, task), linear_modules(model)
+    network, modules = _Outputs(model, task), {layer.name: model.get_submodule(layer.name) for layer in layers}
     weights = {layer.name: _matrix(layer, modules[layer.name]).detach() for layer in layers}
     num_rows = sum(len(batch.rows) for batch in batches)
 

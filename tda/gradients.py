@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tda.capture import captured
 from tda.data import Batch, TensorBatch
 from tda.losses import at_least_float32
-from tda.model import Layer, layer_matrix, linear_modules
+from tda.model import Layer, layer_matrix
 from tda.packing import PackedBatch
 from tda.projection import Projection, append_one, encode_inputs
 from tda.task import Task
@@ -61,15 +61,18 @@ def query_gradients(
 ) -> tuple[dict[str, Float[Tensor, "query d_out d_in"]], list[int]]:
     """Full gradients of the queries' mean costs per term, by layer; and the queries' numbers in the order of the gradients."""
     gradients: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    of_batch: dict[str, Tensor] = {}
     order: list[int] = []
 
     def add_gradients(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        gradients[layer.name].append(Ds.mT @ a)
+        of_batch[layer.name] = of_batch.get(layer.name, 0) + Ds.mT @ a
 
     with captured(model, layers, encode=layer_input, consume=add_gradients):
         for batch in batches:
             total, _costs = task.costs(model, batch, weights=1 / batch.sizes)
             total.backward()
+            for name, held in gradients.items():
+                held.append(of_batch.pop(name))
             order += batch.rows
     return {name: torch.cat(held) for name, held in gradients.items()}, order
 
@@ -107,7 +110,7 @@ def _over_layers(
     task: Task,
     of: Callable[[str, Float[Tensor, "batch position d_in"], Float[Tensor, "batch position d_out"]], Tensor],
 ) -> Tensor:
-    """The sum over layers of `of(layer name, a, Ds)`, a function of every example's inputs and pseudo-gradients."""
+    """The sum over uses of layers of `of(layer name, a, Ds)`, a function of every example's inputs and pseudo-gradients."""
     parts: list[Tensor] = []
 
     def add(layer: Layer, a: Tensor, Ds: Tensor) -> None:
@@ -120,7 +123,7 @@ def _over_layers(
 
 
 def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task) -> None:
-    """Refuse layers whose inputs and pseudo-gradients do not give the gradient of one example.
+    """Refuse layers whose inputs and pseudo-gradients do not give the gradient of one example, summed over their uses.
 
     Where the first example alone counts in the loss, no other has a gradient at any layer: else the model mixes examples, or the
     axes of examples and positions. And the first one's gradient is autograd's: else the layer is not `W a + b`, or its weight
@@ -131,12 +134,13 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
     """
     mixed: list[str] = []
     seen: dict[str, Tensor] = {}
-    modules = linear_modules(model)
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
 
     def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        if len(Ds) != len(batch.rows) or (Ds[1:].abs() > 0).any():  # what is no number says nothing
+        G = Ds.mT @ a
+        if len(G) != len(batch.rows) or (G[1:].abs() > 0).any():  # what is no number says nothing
             mixed.append(layer.name)
-        seen[layer.name] = Ds[0].mT @ a[0]
+        seen[layer.name] = seen.get(layer.name, 0) + G[0]
 
     first = (torch.arange(len(batch.rows)) == 0).float().to(batch.sizes.device)
     with captured(model, layers, encode=layer_input, consume=look):

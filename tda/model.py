@@ -202,6 +202,42 @@ def tracked_layers(
     return list(layers.values())
 
 
+def embedding_layers(model: nn.Module, pattern: str = EVERY_LAYER) -> list[Layer]:
+    """The matrices (token, d) of plain trained embeddings whose whole name matches `pattern`, each a group of its own.
+
+    A head that shares the weight belongs to it. The name is that of the first module with the weight, as in `named_parameters`.
+    """
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            first.setdefault(id(module.weight), name)
+    weights = {
+        first[id(module.weight)]: module.weight
+        for module in model.modules()
+        if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+    }
+    return [
+        Layer(name, weight.shape[1], weight.shape[0], False, name)
+        for name, weight in weights.items()
+        if isinstance(weight, nn.Parameter) and weight.requires_grad and re.fullmatch(pattern, name)
+    ]
+
+
+def uses_of(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """The layers that share the weight of `module`, itself included."""
+    kinds = (nn.Linear, nn.Embedding)
+    others = [other for other in model.modules() if isinstance(other, kinds) and other.weight is module.weight]
+    return others if isinstance(module, kinds) else [module]
+
+
+def one_hot(embedding: nn.Embedding, tokens: Tensor, *, like: Tensor) -> Tensor:
+    """Which row of the weight was looked up, (*tokens, row), without those of padding, which are not trained."""
+    rows = like.new_zeros(*tokens.shape, embedding.num_embeddings).scatter_(-1, tokens[..., None], 1)
+    if embedding.padding_idx is not None:
+        rows[..., embedding.padding_idx] = 0
+    return rows
+
+
 def what_is_left_out(model: nn.Module, layers: Sequence[Layer]) -> str:
     """A sentence on which trained weights `layers` lack, if they hold less than `WORTH_SAYING` of them; else empty.
 
@@ -266,7 +302,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 def layer_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A weight-shaped and a bias-shaped tensor as one (d_out, d_in) matrix, the bias as its last column."""
-    matrix = weight.flatten(1) if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T  # Conv1D stores (inputs, outputs)
+    matrix = weight.T if _stored_transposed(module) else weight.flatten(1)
     return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
 
 
@@ -279,8 +315,13 @@ def layer_parameters(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
     """The inverse of `layer_matrix`: the weight, and the bias if the matrix has it, by the module's names for them."""
     inputs, _outputs = weight_shape(module)
     weight, bias = matrix[:, :inputs], matrix[:, inputs:]
-    as_module = weight if isinstance(module, (nn.Linear, nn.Conv2d)) else weight.T
+    as_module = weight.T if _stored_transposed(module) else weight
     return {"weight": as_module.reshape(module.weight.shape)} | ({"bias": bias[:, 0]} if bias.shape[1] else {})
+
+
+def _stored_transposed(module: nn.Module) -> bool:
+    """Whether the weight is (inputs, outputs), as transformers' `Conv1D` has it."""
+    return not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))
 
 
 def input_view(module: nn.Module) -> tuple:

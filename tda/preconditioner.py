@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tda.capture import captured
 from tda.data import TensorBatch
-from tda.ekfac import EKFAC, ONE_BY_ONE, Covariances, basis_like, eigenbasis
+from tda.ekfac import EKFAC, ONE_BY_ONE, Covariances, Diagonal, basis_like, eigenbasis
 from tda.losses import at_least_float32
 from tda.model import Layer
 from tda.packing import DocumentBatch
@@ -34,9 +34,9 @@ from tda.task import Task
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """EK-FAC of M = P^(1/2) H P^(1/2) for one layer, and P^(1/2): a scalar, or of the gradient's shape."""
+    """M = P^(1/2) H P^(1/2) of one layer, by EK-FAC or as diagonal, and P^(1/2): a scalar, or of the gradient's shape."""
 
-    M: EKFAC
+    M: EKFAC | Diagonal
     root_P: Tensor
 
     def respond(self, q: Float[Tensor, "*n d_out d_in"], *, time: float, weight_decay: float) -> Float[Tensor, "*n d_out d_in"]:
@@ -86,7 +86,7 @@ class DiagonalCurvature:
 Curvature = LayerCurvature | DiagonalCurvature
 
 
-def plain(factors: EKFAC) -> LayerCurvature:
+def plain(factors: EKFAC | Diagonal) -> LayerCurvature:
     """The curvature under SGD, P = 1."""
     return LayerCurvature(factors, factors.Lambda.new_ones(()))
 
@@ -95,6 +95,11 @@ def scalar(factors: EKFAC, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
     """The curvature with one P for the whole layer: the median, which dead units (v near 0, so P huge) do not move."""
     p = P.flatten().median()
     return LayerCurvature(replace(factors, Lambda=p * factors.Lambda), p.sqrt())
+
+
+def scaled_diagonal(H: Diagonal, P: Float[Tensor, "d_out d_in"]) -> LayerCurvature:
+    """The curvature with AdamW's P, where H is diagonal: exactly P H."""
+    return LayerCurvature(Diagonal(P * H.Lambda), P.sqrt())
 
 
 def adam_preconditioner(second_moment: Float[Tensor, "..."], *, step: int, beta2: float, epsilon: float) -> Float[Tensor, "..."]:

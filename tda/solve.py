@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.ekfac import EKFAC, basis_like
+from tda.ekfac import EKFAC, Diagonal, basis_like
 from tda.ggn import Product, pack, unpack
 from tda.model import Layer
 from tda.preconditioner import LayerCurvature
@@ -27,7 +27,7 @@ class DampedCurvature:
     """P^(1/2) G P^(1/2) + damping, and its approximation by EK-FAC, which preconditions the solvers."""
 
     layers: Sequence[Layer]
-    approximation: dict[str, EKFAC]  # of P^(1/2) G P^(1/2)
+    approximation: dict[str, EKFAC | Diagonal]  # of P^(1/2) G P^(1/2)
     root_P: Float[Tensor, " value"]
     damping: dict[str, float]
 
@@ -38,9 +38,13 @@ class DampedCurvature:
         """The curvature as the optimizer sees it, on `device`."""
         held = {layer.name: curvature[layer.name] for layer in layers}
         like = next(iter(held.values())).M.Lambda.new_empty(0, device=device)
-        bases = basis_like(like, {name: (one.M.Q_A, one.M.Q_S) for name, one in held.items()})
+        bases = basis_like(like, {name: (one.M.Q_A, one.M.Q_S) for name, one in held.items() if isinstance(one.M, EKFAC)})
         root_P = pack({name: one.root_P.to(device).expand_as(one.M.Lambda) for name, one in held.items()}, layers)
-        return cls(layers, {name: EKFAC(*bases[name], one.M.Lambda.to(device)) for name, one in held.items()}, root_P, damping)
+        approximation: dict[str, EKFAC | Diagonal] = {}
+        for name, one in held.items():
+            Lambda = one.M.Lambda.to(device)
+            approximation[name] = EKFAC(*bases[name], Lambda) if name in bases else Diagonal(Lambda)
+        return cls(layers, approximation, root_P, damping)
 
     def times(self, product: Product) -> Product:
         """Products with this matrix, made of products with G."""

@@ -65,7 +65,7 @@ def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
     groups: Gradients = {}
     for start in range(0, len(weights), size):
         rows = np.arange(start, min(start + size, len(weights)))
-        block = Fitted(place.run, place.task, place.train, place.queries.select(rows), place.settings)
+        block = Fitted(place.run, place.task, place.train, place.queries.select(rows), place.settings, embeddings=True)
         for name, part in grouped(block.query_gradients, weights, rows, num_groups=num_groups).items():
             groups[name] = groups[name] + part if name in groups else part
     return groups

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tda.config import Architecture
 from tda.data import Documents
-from tda.model import Layer, build_model, layer_matrix, linear_modules
+from tda.model import Layer, build_model, layer_matrix
 
 VOCABULARY = 11
 CONTEXT = 12
@@ -79,11 +79,10 @@ def document_loss(model: nn.Module, documents: Documents, row: int) -> Tensor:
 
 def dense_gradient(model: nn.Module, layers: list[Layer], loss: Tensor) -> dict[str, Tensor]:
     """The gradient of `loss` by autograd, as (d_out, d_in) matrices; the graph is kept for a next call."""
-    modules = linear_modules(model)
     gradients = {}
     for layer in layers:
-        module = modules[layer.name]
-        held = [module.weight] if module.bias is None else [module.weight, module.bias]
+        module = model.get_submodule(layer.name)
+        held = [module.weight, module.bias] if layer.bias else [module.weight]
         weight, *bias = torch.autograd.grad(loss, held, retain_graph=True)
         gradients[layer.name] = layer_matrix(module, weight, bias[0] if bias else None)
     return gradients

@@ -9,12 +9,12 @@ import torch
 from benchmarks.common import count_flops
 from tda import costs
 from tda.data import batch_plan, batches
-from tda.ekfac import EKFAC, add_lower_products, corrected_eigenvalues, covariances, eigenbasis
+from tda.ekfac import EKFAC, add_lower_products, corrected_eigenvalues, covariances, eigenbasis, squared_gradients
 from tda.factors import SegmentFactors, save_factors
 from tda.ggn import gauss_newton_product
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.losses import document_losses
-from tda.model import Layer, tracked_layers
+from tda.model import Layer, embedding_layers, tracked_layers
 from tda.projection import random_projections
 from tda.task import CausalLM
 from tests.helpers import random_documents, tiny_gpt2, tiny_llama, with_adapter
@@ -134,6 +134,36 @@ def test_queries_and_dots(case):
             gradient_dots(model, layers, batch, task=CausalLM(), queries=held)
 
     assert count_flops(dots) == costs.dot_pass(shapes, load, queries=2)
+
+
+def test_passes_that_follow_the_embedding(case):
+    model, layers, documents, shapes, load = case
+    whole = costs.with_embedding(shapes, ".*")
+    if "lora" in layers[0].name:
+        assert whole == shapes  # its embedding is frozen
+        return
+    embedding = embedding_layers(model)[0]
+    assert whole.embedding == embedding
+    followed = [*layers, embedding]
+
+    def queries():
+        return query_gradients(model, followed, batches(documents, batch_tokens=TOKENS), task=CausalLM())[0]
+
+    def dots():
+        for batch in batches(documents, batch_tokens=TOKENS):
+            gradient_dots(model, followed, batch, task=CausalLM(), queries=held)
+
+    def squares():
+        held = batches(documents, batch_tokens=TOKENS)
+        squared_gradients(model, [embedding], held, task=CausalLM(), generator=torch.Generator())
+
+    assert count_flops(queries) == costs.query_pass(whole, load)
+    held = {name: G[:2] for name, G in queries().items()}
+    assert count_flops(dots) == costs.dot_pass(whole, load, queries=2)
+    assert count_flops(squares) == costs.embedding_pass(whole, load)
+    product = gauss_newton_product(model, followed, list(batches(documents, batch_tokens=TOKENS)), task=CausalLM(), weight=1.0)
+    v = torch.randn(3, whole.gradient, dtype=torch.float64)
+    assert count_flops(lambda: product(v)) == costs.product_pass(whole, load, vectors=3)
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
