@@ -2,7 +2,7 @@
 
     score(n) = 1/N < (G + (w + 4/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that point
 
-It differs from EK-FAC influence at the last checkpoint in three ways (EXPERIMENTS.md says what each is worth):
+It differs from EK-FAC influence at the last checkpoint in four ways (EXPERIMENTS.md says what each is worth):
 
 - Where. A retraining on half the rows for the same epochs takes half the steps, so it ends near where the run was at half its
   length, and scores linearised there predict it better. At the end of the run, memorised rows have no gradient left.
@@ -12,6 +12,8 @@ It differs from EK-FAC influence at the last checkpoint in three ways (EXPERIMEN
 - Curvature. Instead of EK-FAC's blocks, the Gauss-Newton matrix G of all tracked layers, preconditioned by the optimizer's P and
   damped as SOURCE implies. All queries are solved together by block Krylov, from EK-FAC's answer, with G on a few rows. Each
   can use the directions of the others, so its scores depend a little on which they are.
+- Weights that count. Embeddings too, and a head that shares its weight with one. The solver starts from a diagonal there: EK-FAC
+  of a vocabulary would be too large.
 """
 
 import math

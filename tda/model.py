@@ -241,7 +241,8 @@ def one_hot(embedding: nn.Embedding, tokens: Tensor, *, like: Tensor) -> Tensor:
 def what_is_left_out(model: nn.Module, layers: Sequence[Layer]) -> str:
     """A sentence on which trained weights `layers` lack, if they hold less than `WORTH_SAYING` of them; else empty.
 
-    Embeddings, and vectors such as norms and biases, do not count: no method here follows them.
+    Embeddings, and vectors such as norms and biases, do not count: they are left out by all methods, but for embeddings, which
+    averaged influence follows.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     every = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in embeddings}
