@@ -4,6 +4,7 @@ Which documents are damaged, how, and with which random choices, depends only on
 its id and source; only the returned truth tells that it was changed.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -62,10 +63,11 @@ def damage_documents(documents: Sequence[Document], *, share: float, seed: int) 
     order = by_hash(documents, key=lambda document: document.id, salt=f"damage/{seed}")
     chosen = order[: round(share * len(documents))]
     done: dict[str, tuple[Document, str]] = {}
+    several_sources = len({document.source for document in documents}) > 1
     for place, document in enumerate(chosen):
-        # Bodies of other sources where there are several, a few for many names: a join on a key that is not unique.
-        others = [donor for donor in order if donor.source != document.source] or order
-        donors = [donor for donor in others if donor is not document][:NUM_DONORS]
+        # The bodies of a few documents, of other sources where there are several: as by a join on a key that is not unique.
+        others = (donor for donor in order if (donor.source != document.source if several_sources else donor is not document))
+        donors = list(itertools.islice(others, NUM_DONORS))
         donors = donors[place // len(KINDS) % max(1, len(donors)) :] + donors
         for turn in range(len(KINDS)):
             kind = KINDS[(place + turn) % len(KINDS)]
