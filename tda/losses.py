@@ -68,8 +68,8 @@ def document_costs(
     """As `document_losses`, for the measurement signed so that lower is better: loss, -log p/(1-p), or -log p."""
     if measurement in ("loss", "log_probability"):
         return document_losses(model, batch, weights=weights)
-    logits = at_least_float32(model(input_ids=batch.tokens, use_cache=False).logits[:, :-1])
-    costs = -(margins(logits, batch.tokens[:, 1:]) * batch.loss_mask).sum(dim=1)
+    _places, targets = batch.predictions
+    costs = -batch.sums(margins(document_logits(model, batch), targets))
     return (weights * costs).sum(), costs.detach()
 
 

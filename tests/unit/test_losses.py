@@ -130,6 +130,9 @@ def test_margins_and_log_probabilities_are_costs():
         expected = torch.where(batch.loss_mask, cost, 0.0).sum(dim=1)
         torch.testing.assert_close(costs, expected.detach())
         torch.testing.assert_close(total, weights @ expected)
+        parameters = list(model.parameters())
+        gradients = (torch.autograd.grad(one, parameters, retain_graph=True) for one in (total, weights @ expected))
+        torch.testing.assert_close(*gradients)
 
 
 def test_drawn_labels_follow_the_probabilities():

@@ -6,7 +6,7 @@ import torch
 
 from tda.data import batch_plan
 from tda.gradients import gradient_rows
-from tda.losses import document_losses
+from tda.losses import document_costs, document_losses
 from tda.model import tracked_layers
 from tda.packing import gathered, pack, pack_plan, packs, spread, within_documents
 from tda.projection import random_projections
@@ -96,6 +96,15 @@ def test_losses_of_packed_documents_are_those_of_padded_ones(case):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(document_losses(model, held.batch(ROWS), weights=weights), expected)  # all as it was before
+
+
+def test_margins_of_packed_documents_are_those_of_padded_ones():
+    model, held, weights = tiny_llama(), documents(), torch.arange(1.0, 5.0, dtype=torch.float64)
+    expected = document_costs(model, held.batch(ROWS), weights=weights, measurement="margin")
+    with within_documents(model):
+        found = document_costs(model, pack(held, ROWS, fill_to=FILL), weights=weights, measurement="margin")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_sampled_labels_do_not_depend_on_packing():
