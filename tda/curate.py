@@ -156,19 +156,13 @@ def curated_documents(documents: pl.DataFrame, manifest: pl.DataFrame) -> pl.Dat
         ValueError: the manifest does not decide on exactly these documents with this content, or nothing is kept.
     """
     decided = manifest.select("doc_id", "content_hash", "keep", "weight")
-    joined = documents.join(decided, left_on=["id", "content_hash"], right_on=["doc_id", "content_hash"], how="inner")
+    joined = documents.join(decided, left_on=["id", "content_hash"], right_on=["doc_id", "content_hash"], maintain_order="left")
     if not len(joined) == len(documents) == len(manifest):
         raise ValueError(
             f"curation: the manifest decides on {len(manifest)} documents, documents.parquet has {len(documents)}, "
             f"{len(joined)} agree in id and content; expected the same ones; run `dvc repro curation`"
         )
-    order = documents.select("id").with_row_index("place")
-    kept = joined.filter("keep").join(order, on="id").sort("place").select(CURATED)
+    kept = joined.filter("keep").select(CURATED)
     if kept.is_empty():
         raise ValueError("curation: every document is dropped; expected some to be kept; lower curation.drop in params.yaml")
     return kept
-
-
-def json_lines(table: pl.DataFrame) -> str:
-    """`table` as JSON lines that `datasets` loads."""
-    return table.write_ndjson()

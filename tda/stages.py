@@ -146,7 +146,7 @@ def scores(config: Config, workspace: Workspace) -> None:
 def curation(config: Config, workspace: Workspace) -> None:
     """Decide on every document, and write the curated data set."""
     from tda.artifacts import read_table, whole, write_json, write_table
-    from tda.curate import count_decisions, curate, curated_documents, json_lines
+    from tda.curate import count_decisions, curate, curated_documents
 
     column = f"score_{config.curation.method}"
     table = read_table(workspace.scores, stage="scores", columns=["doc_id", "content_hash", "source", column])
@@ -155,7 +155,7 @@ def curation(config: Config, workspace: Workspace) -> None:
     write_table(workspace.manifest, manifest)
     write_table(workspace.curated, curated)
     with whole(workspace.curated_jsonl) as part:
-        part.write_text(json_lines(curated), encoding="utf-8")
+        curated.write_ndjson(part)
     write_json(workspace.curation, {"settings": config.curation.model_dump(), **count_decisions(manifest)})
 
 

@@ -8,7 +8,7 @@ from polars.testing import assert_frame_equal
 
 from tda.artifacts import write_table
 from tda.config import Curation
-from tda.curate import MANIFEST, count_decisions, curate, curated_documents, drop_limit, json_lines, rank_weights
+from tda.curate import MANIFEST, count_decisions, curate, curated_documents, drop_limit, rank_weights
 
 
 def settings(**changes) -> Curation:
@@ -144,7 +144,7 @@ def test_curated_files_load_with_datasets_as_they_were_written(tmp_path):
     manifest = curate(scores([1.0, 1.0, 1.0, 1.0, -1.0]), settings(drop=1))
     curated = curated_documents(documents(), manifest.sample(fraction=1.0, shuffle=True, seed=0))
     write_table(tmp_path / "curated.parquet", curated)
-    (tmp_path / "curated.jsonl").write_text(json_lines(curated), encoding="utf-8")
+    curated.write_ndjson(tmp_path / "curated.jsonl")
     cache = str(tmp_path / "cache")
     loaded = {
         "jsonl": datasets.load_dataset("json", data_files=str(tmp_path / "curated.jsonl"), split="train", cache_dir=cache),
