@@ -1,5 +1,6 @@
 """Reading the checkpoints of the pipeline's run, with checks that they belong to it and that documents fit the model."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def optimizer_state(workspace: Workspace, index: int) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there are none; the message says what that costs and what accepts it.
+        ValueError: the file is damaged.
     """
     path = workspace.checkpoint(index) / "optimizer.safetensors"
     if not path.exists():
@@ -173,21 +175,17 @@ def preconditioner(
     workspace: Workspace, checkpoints: list[int], layers: list[Layer], *, beta2: float, epsilon: float
 ) -> dict[str, Tensor]:
     """AdamW's P by layer, (d_out, d_in), averaged over checkpoints. A missing optimizer state is a FileNotFoundError."""
+    modules = linear_modules(load_checkpoint(workspace, checkpoints[-1]))
     sums: dict[str, Tensor] = {}
     for index in checkpoints:
-        state = optimizer_state(workspace, index)
-        modules = linear_modules(load_checkpoint(workspace, index))
+        P_of = functools.partial(_parameter_preconditioner, optimizer_state(workspace, index), beta2=beta2, epsilon=epsilon)
         for layer in layers:
-            module = modules[layer.name]
-
-            def P_of(kind: str, name: str = layer.name, state: dict[str, Tensor] = state) -> Tensor:
-                return adam_preconditioner(
-                    state[f"exp_avg_sq.{name}.{kind}"].float(),
-                    step=int(state[f"step.{name}.{kind}"]),
-                    beta2=beta2,
-                    epsilon=epsilon,
-                )
-
-            P = layer_matrix(module, P_of("weight"), P_of("bias") if layer.bias else None)
+            bias = P_of(f"{layer.name}.bias") if layer.bias else None
+            P = layer_matrix(modules[layer.name], P_of(f"{layer.name}.weight"), bias)
             sums[layer.name] = sums.get(layer.name, torch.zeros(())) + P / len(checkpoints)
     return sums
+
+
+def _parameter_preconditioner(state: dict[str, Tensor], name: str, *, beta2: float, epsilon: float) -> Tensor:
+    v, step = state[f"exp_avg_sq.{name}"].float(), int(state[f"step.{name}"])
+    return adam_preconditioner(v, step=step, beta2=beta2, epsilon=epsilon)
