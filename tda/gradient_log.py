@@ -141,7 +141,7 @@ def row_engine(
         yield RowEngine(functools.partial(pack_plan, batch_tokens=batch_tokens), packed)
 
 
-def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int, copy: Copy = start_copy) -> dict:
+def log_rows(config: Config, workspace: Workspace, documents: Documents, *, checkpoint: int) -> dict:
     """Write the rows of `documents` that the table lacks, seal it, and return its manifest.
 
     Documents that the last sealed version has are skipped. The batches of the others depend on these documents alone, and a
@@ -154,7 +154,7 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
     model = load_checkpoint(workspace, checkpoint, dtype=getattr(torch, config.gradients.precision)).to(device)
     dim = sum(held.size for held in projections.values())
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device, copy=copy))
+        engine = stack.enter_context(row_engine(config, model, factors.layers, projections, device=device))
 
         def computed(rows: list[int]) -> Tensor | np.ndarray:
             numbers = engine.numbers(documents, rows)
@@ -175,22 +175,16 @@ def log_rows(config: Config, workspace: Workspace, documents: Documents, *, chec
         missing = [batch for batch in plan if _lacking(documents, batch, present)]
         table.check_space(sum(map(len, missing)))
         numbers = call(missing, f"gradients at checkpoint {checkpoint}", "batch")
-        write_rows(table, documents, missing, map(torch.as_tensor, numbers), device=device, copy=copy)
+        write_rows(table, documents, missing, map(torch.as_tensor, numbers), device=device)
         layers = [{"name": name, "rows": held.P_o.shape[1], "columns": held.P_i.shape[1]} for name, held in projections.items()]
         return table.seal(list(zip(documents.ids, documents.content_hashes, strict=True)), layers=layers)
 
 
 def write_rows(
-    table: GradientTable,
-    documents: Documents,
-    batches: Sequence[list[int]],
-    numbers: Iterable[Tensor],
-    *,
-    device: torch.device,
-    copy: Copy = start_copy,
+    table: GradientTable, documents: Documents, batches: Sequence[list[int]], numbers: Iterable[Tensor], *, device: torch.device
 ) -> None:
     """Write the `RowEngine.numbers` of every batch: one copy to the host, and a thread that writes while the next is computed."""
-    buffers = HostBuffers(max(map(len, batches), default=0), table.dim + 1, device=device, copy=copy)
+    buffers = HostBuffers(max(map(len, batches), default=0), table.dim + 1, device=device)
     copies = ((rows, buffers.fetch(one)) for rows, one in zip(batches, numbers, strict=True))
     in_background(lambda arriving: table.write(_as_rows(documents, rows, copy.wait()) for rows, copy in arriving), copies)
 

@@ -51,10 +51,9 @@ def lds_by_query(
     return spearman(predicted, costs)
 
 
-def mean_over_queries(values: Float[np.ndarray, " query"], *, seed: int = 0) -> Estimate:
+def mean_over_queries(values: Float[np.ndarray, " query"]) -> Estimate:
     """The mean of `values` with its interval over queries; the same draws for the same number of queries."""
-    random = np.random.default_rng(seed)
-    draws = random.integers(len(values), size=(RESAMPLES, len(values)))
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     means = values[draws].mean(axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(values.mean()), float(low), float(high))

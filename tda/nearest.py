@@ -15,6 +15,7 @@ from scipy.special import ndtr
 SAMPLE = 256  # rows that show how wide the errors are
 FIRST = 4  # rows that are computed at first, as a multiple of the rows asked for
 FARTHEST = 6.0  # widths below the answer, beyond which rows are ignored: one in a billion of them belongs to it
+MISSES = 0.01  # expected share of the answer that is not found, at most
 MOST = 0.1  # share of rows that are computed one by one; if more are needed, it is cheaper to compute all
 
 
@@ -31,18 +32,12 @@ class Extremes:
 
 
 def extremes(
-    approximate: Float[np.ndarray, " n"],
-    widths: Float[np.ndarray, " n"],
-    exact: Callable[[np.ndarray], np.ndarray],
-    *,
-    top: int,
-    misses: float = 0.01,
-    seed: int = 0,
+    approximate: Float[np.ndarray, " n"], widths: Float[np.ndarray, " n"], exact: Callable[[np.ndarray], np.ndarray], *, top: int
 ) -> Extremes:
     """The `top` highest and lowest of n scores. `exact(rows)` computes the scores of rows, given in ascending order.
 
     `widths` are the standard deviations of the errors, up to a common factor. On either side, the expected share of missing
-    rows is at most `misses`; if the approximations are too poor for that, all scores are computed.
+    rows is at most `MISSES`; if the approximations are too poor for that, all scores are computed.
     """
     n, top = len(approximate), min(top, len(approximate))
     known = np.full(n, np.nan)
@@ -53,7 +48,7 @@ def extremes(
         if len(rows):
             known[rows] = exact(rows)
 
-    sample = np.random.default_rng(seed).choice(n, min(SAMPLE, n), replace=False)
+    sample = np.random.default_rng(0).choice(n, min(SAMPLE, n), replace=False)
     compute(sample)
     relative = (known[sample] - approximate[sample]) / np.maximum(widths[sample], np.finfo(np.float64).tiny)
     widths = np.maximum(widths * np.sqrt(np.mean(relative**2)), np.finfo(np.float64).tiny)
@@ -61,7 +56,7 @@ def extremes(
     compute(np.concatenate([np.argpartition(sign * approximate, n - first)[n - first :] for sign in (1.0, -1.0)]))
     while True:
         left = [_likely(sign * approximate, widths, sign * known, top) for sign in (1.0, -1.0)]
-        needed = [_likeliest(rows, probabilities, misses * top) for rows, probabilities in left]
+        needed = [_likeliest(rows, probabilities, MISSES * top) for rows, probabilities in left]
         num_computed = n - int(np.isnan(known).sum())
         if not any(map(len, needed)):
             break

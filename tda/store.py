@@ -116,8 +116,8 @@ class GradientTable:
                 f"{free / 1e9:.2f} GB are free; free some space, or lower gradients.rank, and run the same command again",
             )
 
-    def write(self, stream: Iterable[Rows], *, chunk_bytes: int = CHUNK_BYTES, chunk_seconds: float = CHUNK_SECONDS) -> int:
-        """Number of rows of `stream`, all written: a commit whenever a chunk is full or old enough, and at the end.
+    def write(self, stream: Iterable[Rows], *, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Write all rows of `stream`: a commit whenever a chunk is full or old enough, and at the end.
 
         The row of a document that is in the table already is replaced. What was committed stays, whatever happens later:
         `present` tells a new run what is left to do. Refused are rows of another width, repeated documents and numbers that are
@@ -125,7 +125,7 @@ class GradientTable:
         """
         pending: set[str] = set()
         batches: list[pa.RecordBatch] = []
-        num_bytes, num_rows, since = 0, 0, time.monotonic()
+        num_bytes, since = 0, time.monotonic()
         for rows in stream:
             for start in range(0, len(rows), self.block_rows):
                 part = rows.slice(start, start + self.block_rows)
@@ -133,12 +133,10 @@ class GradientTable:
                 batches.append(encode(part, self.identity))
                 pending.update(part.doc_ids)
                 num_bytes += batches[-1].nbytes
-                num_rows += len(part)
-                if num_bytes >= chunk_bytes or time.monotonic() - since >= chunk_seconds:
+                if num_bytes >= chunk_bytes or time.monotonic() - since >= CHUNK_SECONDS:
                     self._commit(batches)
                     pending, batches, num_bytes, since = set(), [], 0, time.monotonic()
         self._commit(batches)
-        return num_rows
 
     def _check(self, rows: Rows, pending: set[str]) -> None:
         columns = (rows.content_hashes, rows.sources, rows.tokens, rows.losses, rows.gradient_norms, rows.vectors)
