@@ -167,6 +167,11 @@ class Fitted:
         """The model at a checkpoint; -1 is the last one."""
         return self.run.at(checkpoint, mean=self.settings.weights == "mean")
 
+    @property
+    def adam(self) -> str:
+        """How AdamW enters the curvature; none for SGD."""
+        return self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
+
     @cached_property
     def shares(self) -> np.ndarray:
         """(row,) the share of the run's draws that each row got: 1/N if all were drawn equally often, or it is unknown how."""
@@ -258,7 +263,6 @@ class Fitted:
     def segment_factors(self, segment: Segment, checkpoints: list[int]) -> SegmentFactors:
         """EK-FAC averaged over `checkpoints`, on rows that the segment trained on."""
         seen = self._seen(segment, self.settings.curvature_examples)
-        adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
         return fit_factors(
             checkpoints,
             self.model,
@@ -266,8 +270,8 @@ class Fitted:
             task=self.task,
             pattern=self.settings.layers,
             weight=1 / segment.tokens_per_document,
-            P={} if adam == "none" else self.preconditioner(checkpoints),
-            adam=adam,
+            P={} if self.adam == "none" else self.preconditioner(checkpoints),
+            adam=self.adam,
             projections=None,
             batch_tokens=self.batch_size,
             seed=self.settings.seed * 1000 + segment.index,
@@ -353,11 +357,10 @@ class Fitted:
     @cached_property
     def dynamics(self) -> list[SegmentDynamics]:
         """What every segment does to a query."""
-        adam = self.settings.adam if self.run.optimizer.kind == "adamw" else "none"
         return [
             SegmentDynamics(
                 segment.index,
-                held.curvature(adam) | self._embedding_curvature(segment, held.P),
+                held.curvature(self.adam) | self._embedding_curvature(segment, held.P),
                 segment.time,
                 self.run.optimizer.weight_decay,
             )

@@ -12,7 +12,7 @@ from tda.data import Batch, TensorBatch
 from tda.losses import at_least_float32
 from tda.model import Layer, layer_matrix
 from tda.packing import PackedBatch
-from tda.projection import Projection, append_one, encode_inputs
+from tda.projection import Projection, append_one, encode_inputs, project
 from tda.task import Task
 
 QUERY_VALUES = 1 << 27  # values of query gradients that are in memory at once
@@ -187,5 +187,5 @@ def project_queries(
     gradients: dict[str, Float[Tensor, "query d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
 ) -> Float[Tensor, "query values"]:
     """Full gradients projected to rows, in the layout of `gradient_rows`."""
-    projected = (projections[layer.name].to(gradients[layer.name].device).apply(gradients[layer.name]) for layer in layers)
-    return torch.cat([rows.flatten(1) for rows in projected], dim=1)
+    projected = project(gradients, layers, projections)
+    return torch.cat([projected[layer.name].flatten(1) for layer in layers], dim=1)

@@ -20,7 +20,7 @@ from tda.influence import precondition
 from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
 from tda.preconditioner import DiagonalCurvature, plain
 from tda.replay import replay_scores
-from tda.scores import ENSEMBLE, cosines, ensemble, source_values
+from tda.scores import ENSEMBLE, cosines, ensemble, received_per_checkpoint, source_values
 from tda.solve import DampedCurvature, SolvedDynamics, Solver, respond
 from tda.source import Dynamics, SegmentDynamics
 from tda.surrogate import surrogate_scores
@@ -38,7 +38,7 @@ def gradient_dot(fitted: Fitted) -> np.ndarray:
 
 def gradient_cosine(fitted: Fitted) -> np.ndarray:
     """Cosines of gradients at the last checkpoint (Hanawa et al. 2021); a gradient's length does not count."""
-    query = torch.cat([fitted.query_gradients[layer.name].flatten(1) for layer in fitted.layers], dim=1)
+    query = pack(fitted.query_gradients, fitted.layers)
     return cosines(gradient_dot(fitted).T, fitted.norms(fitted.final), query).T
 
 
@@ -49,7 +49,7 @@ def tracin(fitted: Fitted) -> np.ndarray:
     """
     total: np.ndarray | float = 0.0
     for segment in fitted.segments:
-        received = segment.time * fitted.exposure[:, segment.index] / (len(segment.checkpoints) * segment.tokens_per_document)
+        received = segment.time * received_per_checkpoint(segment, fitted.exposure)
         for checkpoint in segment.checkpoints:
             total = total + received[:, None] * fitted.dot(checkpoint, fitted.query_gradients_at(checkpoint))
     return np.asarray(total).T

@@ -4,6 +4,7 @@ Since `G` is a sum of `Ds a^T`, projecting `a` by `P_i` and `Ds` by `P_o` before
 `G`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import no_type_check
 
@@ -45,6 +46,13 @@ def random_projections(layers: list[Layer], *, rank: int, seed: int) -> dict[str
             inputs[layer.group] = _random_orthonormal(layer.d_in, rank, generator)
         projections[layer.name] = Projection(inputs[layer.group], _random_orthonormal(layer.d_out, rank, generator))
     return projections
+
+
+def project(
+    G: dict[str, Float[Tensor, "*n d_out d_in"]], layers: Sequence[Layer], projections: dict[str, Projection]
+) -> dict[str, Float[Tensor, "*n k_out k_in"]]:
+    """The projection of full gradients, by layer."""
+    return {layer.name: projections[layer.name].to(G[layer.name].device).apply(G[layer.name]) for layer in layers}
 
 
 def _random_orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:

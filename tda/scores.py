@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tda.model import Layer
-from tda.projection import Projection
 from tda.segments import Segment
 from tda.source import Dynamics, Gradients, walk_back
 
@@ -56,11 +54,6 @@ def source_values(
 def received_per_checkpoint(segment: Segment, exposure: np.ndarray) -> np.ndarray:
     """(document,) factors of the dot products at each of the segment's checkpoints; `exposure` is (document, segment)."""
     return exposure[:, segment.index] / (len(segment.checkpoints) * segment.tokens_per_document)
-
-
-def rotated_query(query: Gradients, layers: Sequence[Layer], projections: dict[str, Projection]) -> Gradients:
-    """Full gradients projected, for factors that were fitted in projected space."""
-    return {layer.name: projections[layer.name].to(query[layer.name].device).apply(query[layer.name]) for layer in layers}
 
 
 def cosines(dots: np.ndarray, row_norms: np.ndarray, query: Float[Tensor, "query values"]) -> np.ndarray:

@@ -24,15 +24,16 @@ from tda.config import Config
 from tda.data import Documents, batches, load_documents
 from tda.dynamics import curvature_rows, load_dynamics, load_exposure, load_segments
 from tda.factors import SegmentFactors, load_factors, save_factors
+from tda.ggn import pack
 from tda.gradient_log import row_identity, segment_projections
 from tda.gradients import QUERY_VALUES, project_queries, query_gradients
 from tda.influence import precondition
 from tda.nearest import Extremes, extremes
 from tda.parallel import device_of
-from tda.projection import Projection
+from tda.projection import Projection, project
 from tda.row_curvature import row_curvature
 from tda.row_products import dot_scores, dot_scores_at
-from tda.scores import Scores, cosines, received_per_checkpoint, rotated_query
+from tda.scores import Scores, cosines, received_per_checkpoint
 from tda.segments import Segment
 from tda.sketch import open_sketch
 from tda.source import Gradients, SegmentDynamics, walk_back
@@ -81,9 +82,9 @@ class Attribution:
         """
         inside: Tensor | float = 1.0
         if self.projected:
-            rotated = rotated_query(query, self.factors[0].layers, self.projections[0])
-            inside = _squared_norms(rotated) / _squared_norms(query)  # how much of a response is lost is unknown: as of the query
-            query = rotated
+            projected = project(query, self.factors[0].layers, self.projections[0])
+            inside = _squared_norms(projected) / _squared_norms(query)  # what a response loses is unknown: as much as the query
+            query = projected
         for dynamics, response in walk_back(query, self.dynamics):
             u = self.as_rows(response, dynamics.index)
             kept = inside * u.square().sum(dim=1) / _squared_norms(response)
@@ -103,7 +104,7 @@ class Attribution:
         """A response as vectors (query, values) in the space of the segment's stored rows: projected, unless it already is."""
         layers = self.factors[0].layers
         if self.projected:
-            return torch.cat([response[layer.name].flatten(1) for layer in layers], dim=1)
+            return pack(response, layers)
         return project_queries(response, layers, self.projections[segment])
 
 
@@ -236,7 +237,7 @@ def row_queries(config: Config, workspace: Workspace, attribution: Attribution, 
     waiting: list[RowQueries] = []
     for query, rows in query_blocks(config, workspace, attribution, queries):
         answers = list(attribution.responses(query))[::-1]  # now the first segment is first
-        at_end = rotated_query(query, layers, projections) if attribution.projected else query
+        at_end = project(query, layers, projections) if attribution.projected else query
         conditioned = precondition(at_end, attribution.factors[-1].plain, damping=config.scores.damping)
         waiting.append(
             RowQueries(

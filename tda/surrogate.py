@@ -109,7 +109,7 @@ def path_kernel(fitted: Fitted) -> Float[Tensor, "point point"]:
 
 
 def _roots(fitted: Fitted, index: int) -> dict[str, Roots] | None:
-    if fitted.run.optimizer.kind != "adamw" or fitted.settings.adam == "none":
+    if fitted.adam == "none":
         return None
     return {name: rank_one_roots(v.to(fitted.device)) for name, v in fitted.second_moments(index).items()}
 
