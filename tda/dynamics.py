@@ -9,7 +9,7 @@ from tda.artifacts import Workspace, read_json, read_table
 from tda.config import Curvature
 from tda.data import Documents
 from tda.factors import SegmentFactors
-from tda.segments import Segment, effective_weight_decay, rows_seen
+from tda.segments import Segment, draw_shares, effective_weight_decay, rows_seen
 from tda.source import SegmentDynamics
 
 
@@ -61,6 +61,13 @@ def load_exposure(workspace: Workspace, documents: Documents) -> np.ndarray:
     if table["doc_id"].to_list() != documents.ids:
         raise ValueError(f"{workspace.exposure} is of other documents than {workspace.documents}; run `dvc repro segments`")
     return table.drop("doc_id").to_numpy()
+
+
+def load_draw_shares(workspace: Workspace, documents: Documents) -> np.ndarray:
+    """(document,) the share of the run's draws that each document got."""
+    known = read_json(workspace.training, stage="train")["batches_known"]
+    steps = read_table(workspace.trajectory, stage="train", columns=["documents"])["documents"]
+    return draw_shares([rows.to_numpy() for rows in steps] if known else [], len(documents))
 
 
 def curvature_rows(config: Curvature, exposure: np.ndarray, index: int) -> np.ndarray:

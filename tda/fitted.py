@@ -25,7 +25,15 @@ from tda.ggn import Product, gauss_newton_product, queries_at_once
 from tda.gradients import check_gradients, check_losses, gradient_dots, gradient_squares, query_gradients
 from tda.model import EVERY_LAYER, Layer, embedding_layers, layer_matrix, parameter_name, tracked_layers, what_is_left_out
 from tda.preconditioner import LayerCurvature, plain, preconditioner_of, scaled_diagonal
-from tda.segments import Segment, document_exposure, effective_learning_rates, make_segments, rows_seen, segment_ends
+from tda.segments import (
+    Segment,
+    document_exposure,
+    draw_shares,
+    effective_learning_rates,
+    make_segments,
+    rows_seen,
+    segment_ends,
+)
 from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
 from tda.trajectory import Run
@@ -174,11 +182,8 @@ class Fitted:
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """(row,) the share of the run's draws that each row got: 1/N if all were drawn equally often, or it is unknown how."""
-        if not self.run.batches:
-            return np.full(len(self.train), 1 / len(self.train))
-        drawn = np.concatenate(self.run.batches)
-        return np.bincount(drawn, minlength=len(self.train)) / len(drawn)
+        """(row,) the share of the run's draws that each row got."""
+        return draw_shares(self.run.batches, len(self.train))
 
     @property
     def final(self) -> int:

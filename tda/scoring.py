@@ -22,7 +22,7 @@ from tda.baselines import bm25_scores, random_scores
 from tda.checkpoints import load_checkpoint
 from tda.config import Config
 from tda.data import Documents, batches, load_documents
-from tda.dynamics import curvature_rows, load_dynamics, load_exposure, load_segments
+from tda.dynamics import curvature_rows, load_draw_shares, load_dynamics, load_exposure, load_segments
 from tda.factors import SegmentFactors, load_factors, save_factors
 from tda.ggn import pack
 from tda.gradient_log import row_identity, segment_projections
@@ -313,12 +313,13 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     attribution = load_attribution(config, workspace, documents)
     dot = store_dot(config, workspace, attribution, documents.ids)
     norms = _row_norms(workspace, attribution, documents.ids, attribution.final_checkpoint)
+    shares = load_draw_shares(workspace, documents)
 
     shape = (len(queries), len(documents))
     values = {name: np.zeros(shape) for name in ("source", "ekfac_influence", "gradient_dot", "gradient_cosine")}
     kept = np.zeros(len(attribution.segments))
     for block in row_queries(config, workspace, attribution, queries):
-        for name, part in _dots_with_rows(attribution, block, dot=dot, norms=norms).items():
+        for name, part in _dots_with_rows(attribution, block, dot=dot, norms=norms, shares=shares).items():
             values[name][block.queries] = part.T
         kept += block.kept.sum(axis=1) / len(queries)
 
@@ -348,7 +349,9 @@ def score_documents(config: Config, workspace: Workspace) -> Scored:
     return Scored(table, per_query, facts)
 
 
-def _dots_with_rows(attribution: Attribution, block: RowQueries, *, dot: RowDot, norms: np.ndarray) -> dict[str, np.ndarray]:
+def _dots_with_rows(
+    attribution: Attribution, block: RowQueries, *, dot: RowDot, norms: np.ndarray, shares: np.ndarray
+) -> dict[str, np.ndarray]:
     """(document, query) scores by method, in one pass over each checkpoint's table."""
     last, num = attribution.segments[-1], len(block.queries)
     values: dict[str, np.ndarray] = {"source": np.zeros((len(norms), num))}
@@ -360,7 +363,7 @@ def _dots_with_rows(attribution: Attribution, block: RowQueries, *, dot: RowDot,
                 continue
             dots = dot(checkpoint, torch.cat([u, block.conditioned, block.plain]))
             values["source"] += received * dots[:, :num]
-            values["ekfac_influence"] = dots[:, num : 2 * num] / (len(norms) * last.tokens_per_document)
+            values["ekfac_influence"] = dots[:, num : 2 * num] * shares[:, None] / last.tokens_per_document
             values["gradient_dot"] = dots[:, 2 * num :]
             values["gradient_cosine"] = cosines(dots[:, 2 * num :], norms, block.plain)
     return values

@@ -170,6 +170,17 @@ def document_exposure(
     return np.divide(exposure, received, out=np.zeros_like(exposure), where=received > 0)
 
 
+def draw_shares(batches: Sequence[np.ndarray], num_documents: int) -> np.ndarray:
+    """(document,) the share of the run's draws that each document got; `batches` has the documents of every step.
+
+    If it is empty, how often each was drawn is unknown, and all count as drawn equally often.
+    """
+    if not batches:
+        return np.full(num_documents, 1 / num_documents)
+    drawn = np.concatenate(batches)
+    return np.bincount(drawn, minlength=num_documents) / len(drawn)
+
+
 def rows_seen(exposure: np.ndarray, index: int, num: int, *, seed: Sequence[int]) -> np.ndarray:
     """Ascending numbers of `num` of the rows that segment `index` trained on, drawn by `seed`; 0: all of them.
 

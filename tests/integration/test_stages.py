@@ -65,6 +65,18 @@ def test_scores_have_every_method_and_the_per_query_scores_sum_to_the_aggregate(
     np.testing.assert_allclose(per_query @ (tokens / tokens.sum()), table["score_source"].to_numpy(), rtol=1e-4, atol=1e-9)
 
 
+def test_ekfac_influence_weights_a_document_by_how_often_the_run_drew_it(toy):
+    _config, workspace = toy
+    trajectory = pl.read_parquet(workspace.trajectory)
+    drawn = np.bincount(np.concatenate([rows.to_numpy() for rows in trajectory["documents"]]))
+    before = pl.read_parquet(workspace.scores)["score_ekfac_influence"].to_numpy()
+    write_table(workspace.trajectory, trajectory.with_columns(pl.col("documents").list.filter(pl.element() != 0)))
+    run_stages(toy_config(workspace.root, scores__averaged_influence=False, curation__method="source"), workspace, "scores")
+    after = pl.read_parquet(workspace.scores)["score_ekfac_influence"].to_numpy()
+    assert set(drawn) == {1, 2} and before[0] != 0 and after[0] == 0
+    np.testing.assert_allclose(after[1:], before[1:] * drawn.sum() / drawn[1:].sum(), rtol=1e-6)
+
+
 def test_scores_without_the_dearest_one(toy):
     config, workspace = toy
     cheaper = toy_config(workspace.root, scores__averaged_influence=False, curation__method="source")
