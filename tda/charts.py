@@ -11,6 +11,8 @@ from markupsafe import Markup
 
 HALF, WIDE, NARROW = 400, 912, 358  # widths in CSS pixels: half a column, a column, a phone
 MAX_POINTS = 400  # of a line; more are averaged, a screen cannot show them
+MAX_DECIMALS = 6  # of a number beside a common factor
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Number = int | float
 ARMS = {"all": "All data", "curated": "Curated", "random": "Random"}
 
@@ -46,10 +48,6 @@ def number(value: Number, digits: int = 3, *, sign: bool = False) -> str:
         mantissa, exponent = text.split("e")
         text = f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
     return text.replace("-", "−")
-
-
-MAX_DECIMALS = 6  # of a number beside a common factor
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power_of_ten(values: Sequence[Number] | np.ndarray) -> int:

@@ -102,10 +102,9 @@ def _confidence(verdict: dict) -> str:
 
 
 def _plot(workspace: Workspace, name: str) -> pl.DataFrame:
-    text_columns = {"source": pl.String, "doc_id": pl.String, "kind": pl.String} if name != "recall_curve" else {}
-    return pl.read_csv(
-        existing(workspace.plots / f"{name}.csv", stage="evaluation"), schema_overrides=text_columns, infer_schema_length=None
-    )
+    text = [] if name == "recall_curve" else ["source", "doc_id", "kind"]  # there, columns are methods, such as source
+    path = existing(workspace.plots / f"{name}.csv", stage="evaluation")
+    return pl.read_csv(path, schema_overrides=dict.fromkeys(text, pl.String), infer_schema_length=None)
 
 
 def _tiles(verdict: dict, metrics: dict, counts: dict, config: Config) -> list[dict]:
@@ -115,7 +114,7 @@ def _tiles(verdict: dict, metrics: dict, counts: dict, config: Config) -> list[d
 
     def change(c: dict, title: str, good: bool, also: str = "") -> dict:
         note = f"{confidence} interval {signed(c['low'])} to {signed(c['high'])}{also}"
-        return {"title": title, "value": signed(c["mean_difference"]), "unit": "nats per token", "note": note, "good": good}
+        return _tile(title, signed(c["mean_difference"]), unit="nats per token", note=note, good=good)
 
     base = metrics["retraining"]["all"]["target_loss"]
     relative = f" ({number(100 * against_all['mean_difference'] / base, 2, sign=True)}%)" if base else ""
@@ -124,39 +123,24 @@ def _tiles(verdict: dict, metrics: dict, counts: dict, config: Config) -> list[d
         change(against_random, "Loss on unseen targets, against the random control", against_random["high"] < 0),
         change(general, "General held-out loss, against all data", general["high"] <= verdict["max_general_loss_increase"]),
     ]
-    total = counts["num_documents"]
+    total, dropped = counts["num_documents"], counts["num_dropped"]
     if config.curation.action == "drop":
-        share = counts["num_dropped"] / total
-        tiles.append({
-            "title": "Documents dropped",
-            "value": f"{counts['num_dropped']:,}",
-            "unit": f"of {total:,}",
-            "note": percent(share),
-            "good": None,
-        })
+        tiles.append(_tile("Documents dropped", f"{dropped:,}", unit=f"of {total:,}", note=percent(dropped / total)))
     else:
         note = f"weights from {config.curation.min_weight:g} to {config.curation.max_weight:g}, mean 1"
-        tiles.append({"title": "Documents reweighted", "value": f"{total:,}", "unit": "", "note": note, "good": None})
-    note = "score below zero"
-    tiles.append({
-        "title": "Predicted to harm",
-        "value": percent(counts["num_harmful"] / total),
-        "unit": "of documents",
-        "note": note,
-        "good": None,
-    })
-    if "damage" in metrics:
-        found = metrics["damage"]["methods"].get(config.curation.method)
-        if found:
-            note = f"{metrics['damage']['num_damaged']:,} planted; 0.5 is chance, 1 is perfect"
-            tiles.append({
-                "title": "Planted damage, ROC AUC",
-                "value": f"{found['auc']:.3f}",
-                "unit": "",
-                "note": note,
-                "good": None,
-            })
+        tiles.append(_tile("Documents reweighted", f"{total:,}", note=note))
+    harmful = percent(counts["num_harmful"] / total)
+    tiles.append(_tile("Predicted to harm", harmful, unit="of documents", note="score below zero"))
+    found = metrics.get("damage", {}).get("methods", {}).get(config.curation.method)
+    if found:
+        note = f"{metrics['damage']['num_damaged']:,} planted; 0.5 is chance, 1 is perfect"
+        tiles.append(_tile("Planted damage, ROC AUC", f"{found['auc']:.3f}", note=note))
     return tiles
+
+
+def _tile(title: str, value: str, *, note: str, unit: str = "", good: bool | None = None) -> dict:
+    """A key number; `good` says whether it speaks for the curated data, if it speaks at all."""
+    return {"title": title, "value": value, "unit": unit, "note": note, "good": good}
 
 
 def _retraining(workspace: Workspace, verdict: dict) -> dict:
