@@ -1,4 +1,4 @@
-"""Inputs and pseudo-gradients of every tracked layer in one forward and backward pass. The only module with hooks.
+"""Inputs and pseudo-gradients of every tracked layer, taken by hooks in one forward and backward pass.
 
 A layer's gradient for one example is the sum over positions of `Ds a^T`, so these two are all that any method needs. Parameters
 are frozen during the pass, and autograd starts at the outputs of the first tracked layers: no weight gradient is formed, and

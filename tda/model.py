@@ -147,6 +147,33 @@ def tracked_layers(
         ValueError: no layer matches, or a layer is used more than once, so that its gradient is not one outer product per
             position.
     """
+    chosen = _matching_modules(model, pattern, frozen_too=frozen_too)
+    calls = _calls(model, chosen, probe)
+    repeated = {name for name, count in Counter(name for name, _ in calls).items() if count > 1}
+    repeated |= _shared_weights(chosen)
+    if repeated:
+        raise ValueError(
+            f"layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
+            "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml, for `attribute`: layers)"
+        )
+    if not calls:
+        raise ValueError(
+            f"layers: the model calls none of {', '.join(list(chosen)[:4])}; expected layers that it calls; a weight that is "
+            "only used in functions, such as F.linear, is not followed"
+        )
+    layers: list[Layer] = []
+    leaders: dict[tuple, str] = {}
+    for name, inputs in calls:
+        module = chosen[name]
+        bias = _follows_bias(module)
+        d_in, d_out = weight_shape(module)
+        group = leaders.setdefault((id(inputs), *input_view(module)), name)
+        layers.append(Layer(name, d_in + bias, d_out, bias, group))
+    return layers
+
+
+def _matching_modules(model: nn.Module, pattern: str, *, frozen_too: bool) -> dict[str, nn.Module]:
+    """The linear layers by name that `tracked_layers` follows if they are used; none is a ValueError."""
     modules = linear_modules(model)
     if not frozen_too and any(parameter.requires_grad for parameter in model.parameters()):
         modules = {name: module for name, module in modules.items() if module.weight.requires_grad}
@@ -165,13 +192,18 @@ def tracked_layers(
             f"layers: {pattern!r} (curvature.layers in params.yaml) matches none of the linear layers that are trained, which "
             f"are {names}"
         )
+    return chosen
+
+
+def _calls(model: nn.Module, modules: dict[str, nn.Module], probe: Callable[[nn.Module], object]) -> list[tuple[str, Tensor]]:
+    """Every call of one of the modules while `probe` runs the model, in order: the module's name, and its input."""
     plain_head(model)  # probes a model it has not seen: before there are hooks
     calls: list[tuple[str, Tensor]] = []
     handles = [
         module.register_forward_hook(
             lambda _module, args, named, _output, name=name: calls.append((name, input_of(args, named))), with_kwargs=True
         )
-        for name, module in chosen.items()
+        for name, module in modules.items()
     ]
     try:
         with torch.no_grad():
@@ -179,27 +211,7 @@ def tracked_layers(
     finally:
         for handle in handles:
             handle.remove()
-    repeated = {name for name, count in Counter(name for name, _ in calls).items() if count > 1}
-    repeated |= _shared_weights(chosen)
-    if repeated:
-        raise ValueError(
-            f"layers: {', '.join(sorted(repeated))} used more than once in a forward pass; expected layers with a weight and one "
-            "use of their own; leave them out by the pattern of layers (curvature.layers in params.yaml, for `attribute`: layers)"
-        )
-    if not calls:
-        raise ValueError(
-            f"layers: the model calls none of {', '.join(list(chosen)[:4])}; expected layers that it calls; a weight that is "
-            "only used in functions, such as F.linear, is not followed"
-        )
-    layers: dict[str, Layer] = {}
-    leaders: dict[tuple, str] = {}
-    for name, inputs in calls:
-        module = chosen[name]
-        bias = _follows_bias(module)
-        d_in, d_out = weight_shape(module)
-        group = leaders.setdefault((id(inputs), *input_view(module)), name)
-        layers.setdefault(name, Layer(name, d_in + bias, d_out, bias, group))
-    return list(layers.values())
+    return calls
 
 
 def embedding_layers(model: nn.Module, pattern: str = EVERY_LAYER) -> list[Layer]:
