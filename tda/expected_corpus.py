@@ -38,7 +38,6 @@ class Corpus:
     unseen: Documents  # the half on which the verdict is measured
     heldout: Documents
     num_bytes: int  # of all files of `prepare`
-    read: int  # documents before they are cleaned
     spread_seconds: float  # processor time of `prepare` that is spread over workers
     seconds: float  # processor time of the rest of `prepare`
     vocabulary: int
@@ -83,7 +82,7 @@ def expected_corpus(config: Prepare, workspace: Workspace, *, model: str) -> Cor
     wanted = _numbers(config, encoded, share=sample.share, general=general, target_sources=target_sources)
     num_rows = sum(wanted.values())
     seconds = sample.seconds + cleaning / sample.share + tokenising * num_rows / len(encoded)
-    work = {"read": round(len(sample.documents) / sample.share), "spread_seconds": sample.spread_seconds, "seconds": seconds}
+    work = {"spread_seconds": sample.spread_seconds, "seconds": seconds}
     if workspace.documents.exists():
         return _prepared(workspace, work)
     return Corpus(

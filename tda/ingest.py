@@ -92,7 +92,7 @@ def read_documents(
     fields: Fields,
     split: str,
     max_bad_rows: float,
-    key: str = "prepare.documents",
+    key: str,
     at_most: int | None = None,
 ) -> Reading:
     """All documents at `location`, which stands under `key` in `params.yaml`, or those of the first `at_most` rows.

@@ -1,6 +1,6 @@
 """Splitting documents into training, held-out and target documents; the draw depends only on the seed and the ids."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -43,7 +43,7 @@ def draw(
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in by_hash(items, key=key, salt=salt):
         groups[source(item)].append(item)
-    shares = fair_shares(Counter({name: len(group) for name, group in groups.items()}), count)
+    shares = fair_shares({name: len(group) for name, group in groups.items()}, count)
     drawn = [item for name in sorted(groups) for item in groups[name][: shares[name]]]
     rest = [item for name in sorted(groups) for item in groups[name][shares[name] :]]
     return drawn, rest
@@ -62,7 +62,7 @@ def draw_by_part(
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         groups[part(item)].append(item)
-    shares = fair_shares(Counter({name: len(group) for name, group in groups.items()}), count)
+    shares = fair_shares({name: len(group) for name, group in groups.items()}, count)
     pairs = [draw(groups[name], shares[name], key=key, source=source, salt=salt) for name in sorted(groups)]
     return [item for drawn, _ in pairs for item in drawn], [item for _, rest in pairs for item in rest]
 
@@ -115,7 +115,7 @@ def split_documents(
     num_heldout: int,
     max_documents: int,
     seed: int,
-    removed: str = "",
+    removed: str,
 ) -> Split:
     """A split in fair shares of the sources: targets of `targets`, or else of `target_sources`; held-out documents of the
     general part, or of all where there is none; training documents of the rest, at most `max_documents` unless that is 0.
