@@ -8,7 +8,7 @@ import numpy as np
 from tda.bank import Bank, ceiling
 from tda.bank_scores import RunStore, Scored
 from tda.data import Documents
-from tda.lds import CONFIDENCE, RESAMPLES, MethodLDS, mean_over_queries, method_lds
+from tda.lds import INTERVAL, RESAMPLES, MethodLDS, mean_over_queries, method_lds
 from tda.variants import Variant
 
 BASELINES = ("random", "bm25", "gradient_dot")
@@ -36,7 +36,7 @@ def evaluate_lds(bank: Bank, variants: Sequence[Variant], seeds: Sequence[int], 
         "ceiling": ceiling(bank),
         "seeds": list(seeds),
         "checkpoints": store.num_checkpoints,
-        "interval": f"{CONFIDENCE:.0%} percentile bootstrap over queries, {RESAMPLES} resamples",
+        "interval": f"{INTERVAL}, {RESAMPLES} resamples",
         "training_cpu_seconds": float(np.mean([store.training_seconds(seed) for seed in seeds])),
         "methods": {label: _method(found[label], scored[label]) for label in found},
         "differences": {
@@ -106,7 +106,7 @@ def render_lds(result: dict) -> str:
     for reference, differences in result["differences"].items():
         kinds = ["single", "ensemble"][: 1 + (seeds > 1)]
         rows = [
-            [label, *(_interval(differences[label][kind], sign=True) for kind in kinds)]
+            [label, *(with_interval(differences[label][kind], sign=True) for kind in kinds)]
             for label in ranked
             if label in differences
         ]
@@ -116,11 +116,12 @@ def render_lds(result: dict) -> str:
 
 
 def _cells(method: dict, seeds: int) -> list[str]:
-    of_runs = [_interval(method["ensemble"]), f"{method['single']['sd_over_seeds']:.3f}"] if seeds > 1 else []
+    of_runs = [with_interval(method["ensemble"]), f"{method['single']['sd_over_seeds']:.3f}"] if seeds > 1 else []
     memory = f"{method['peak_mib']:.0f} (+{method['peak_rise_mib']:.0f})"
-    return [_interval(method["single"]), *of_runs, f"{method['cpu_seconds']:.1f}", memory]
+    return [with_interval(method["single"]), *of_runs, f"{method['cpu_seconds']:.1f}", memory]
 
 
-def _interval(value: dict, *, sign: bool = False) -> str:
+def with_interval(value: dict, *, sign: bool = False) -> str:
+    """A mean and its interval, for a terminal."""
     kind = "+.3f" if sign else ".3f"
     return f"{value['mean']:{kind}} [{value['low']:{kind}}, {value['high']:{kind}}]"

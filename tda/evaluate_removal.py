@@ -18,8 +18,8 @@ import numpy as np
 from tda.bank import Bank
 from tda.bank_scores import RunStore
 from tda.bank_training import FULL, REMOVAL, Job
-from tda.evaluate_lds import describe
-from tda.lds import mean_over_queries
+from tda.evaluate_lds import describe, with_interval
+from tda.lds import CONFIDENCE, INTERVAL, mean_over_queries
 from tda.make_bank import retrain
 from tda.text_table import text_table
 from tda.variants import Variant
@@ -75,7 +75,7 @@ def evaluate_removal(
         "runs": list(seeds),
         "retrainings": removal.num_retrainings,
         "control": control,
-        "interval": "95% percentile bootstrap over queries",
+        "interval": INTERVAL,
         "methods": {label: _curve(costs[label], right[label]) for label in orders},
     }
 
@@ -162,10 +162,7 @@ def render_removal(result: dict) -> str:
     for kind, words in (("flipped", "share flipped"), ("cost_rise", f"rise in cost ({_cost_words(bank)})")):
         if kind == "flipped" and not classes:
             continue
-        rows = [
-            [label, *(f"{at['mean']:.3f} [{at['low']:.3f}, {at['high']:.3f}]" for at in method[kind])]
-            for label, method in result["methods"].items()
-        ]
+        rows = [[label, *map(with_interval, method[kind])] for label, method in result["methods"].items()]
         lines += ["", text_table([words, *(f"{count} removed" for count in result["counts"])], rows)]
     return "\n".join(lines)
 
@@ -192,7 +189,7 @@ def removal_curves(result: dict) -> tuple[dict[str, dict], dict]:
     words = {
         "title": f"Removing the most helpful rows of {result['bank']['name']}",
         "subtitle": f"{len(result['queries'])} queries, mean of {result['retrainings']} retrainings; "
-        "band: 95% interval over queries",
+        f"band: {CONFIDENCE:.0%} interval over queries",
         "x_label": "rows removed",
         "y_label": "queries flipped" if classes else f"rise in cost ({_cost_words(result['bank'])})",
         "baselines": [result["control"]],

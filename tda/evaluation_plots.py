@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from tda.artifacts import whole
+from tda.lds import CONFIDENCE
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e3e7eb"
 SINGLE, ENSEMBLE = "#9db4cc", "#1f4e79"
@@ -67,7 +68,8 @@ def plot_lds(result: dict, path: Path) -> None:
         width=7.0,
         height=1.7 + max(0.5, *(LINE_HEIGHT * (1 + name.count("\n")) for name in names)) * len(methods),
         title=f"Linear datamodeling score on {bank['name']}",
-        subtitle=f"mean over {bank['queries']} queries with 95% interval; {bank['subsets']} subsets × {bank['repeats']} repeats",
+        subtitle=f"mean over {bank['queries']} queries with {CONFIDENCE:.0%} interval; {bank['subsets']} subsets × "
+        f"{bank['repeats']} repeats",
     ) as axes:
         kinds = [("single", "single run", SINGLE, 0.16), ("ensemble", f"mean of {seeds} runs", ENSEMBLE, -0.16)]
         for kind, words, colour, shift in kinds:

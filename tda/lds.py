@@ -17,6 +17,7 @@ from tda.rank_correlation import spearman
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap over queries"
 
 
 @dataclass(frozen=True)
