@@ -29,6 +29,7 @@ from tda.checkpoints import architecture_digest, check_fits, run_facts, start_fa
 from tda.config import Train
 from tda.data import Documents
 from tda.model import freeze, load_model, trained_parameters
+from tda.train import TRAJECTORY
 
 # Patterns of names that the Trainer exempts from weight decay; these parameters come last in its optimizer state.
 NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -297,12 +298,12 @@ def _trajectory(num_steps: int, rates: np.ndarray, losses: dict[int, float]) -> 
     steps = range(1, num_steps + 1)
     return pl.DataFrame(
         {
-            "step": pl.Series(steps, dtype=pl.Int32),
-            "stage": pl.Series([0] * num_steps, dtype=pl.Int32),
+            "step": steps,
+            "stage": [0] * num_steps,
             "learning_rate": rates,
             "gradient_scale": [1.0] * num_steps,
             "loss": [losses.get(step) for step in steps],
-            "documents": pl.Series([[]] * num_steps, dtype=pl.List(pl.Int32)),
+            "documents": [[]] * num_steps,
         },
-        schema_overrides={"loss": pl.Float64},
+        schema=TRAJECTORY,
     )

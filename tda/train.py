@@ -24,6 +24,15 @@ from tda.losses import document_losses
 from tda.model import load_model, trained_parameters
 from tda.parallel import tf32
 
+TRAJECTORY = {  # a column for each; a row per step
+    "step": pl.Int32,
+    "stage": pl.Int32,
+    "learning_rate": pl.Float64,
+    "gradient_scale": pl.Float64,
+    "loss": pl.Float64,
+    "documents": pl.List(pl.Int32),
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -252,14 +261,7 @@ def trajectory_table(results: Sequence[StepResult]) -> pl.DataFrame:
             "loss": [result.loss for result in results],
             "documents": [result.step.rows for result in results],
         },
-        schema={
-            "step": pl.Int32,
-            "stage": pl.Int32,
-            "learning_rate": pl.Float64,
-            "gradient_scale": pl.Float64,
-            "loss": pl.Float64,
-            "documents": pl.List(pl.Int32),
-        },
+        schema=TRAJECTORY,
     )
 
 
