@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the system's numbers for a disk that is full
 PROBE_BYTES = 1 << 16  # more than fits into a file's last block
 MEAN_FILE = "mean.safetensors"  # in a checkpoint's folder: the mean weights at which it is attributed
 
@@ -156,7 +156,7 @@ class Workspace:
     # retraining, evaluation, report, audit
     @property
     def retraining(self) -> Path:
-        """A row per retrained model: arm, seed, steps, target_loss, general_loss."""
+        """A row per retrained model (columns: tda/README.md)."""
         return self._at("retraining", "runs.parquet")
 
     @property

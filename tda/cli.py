@@ -318,7 +318,10 @@ def _query(options: argparse.Namespace) -> int:
 
     config, workspace = _inputs(options)
     found = answer(_text(options), config=config, workspace=workspace, top=options.top)
-    _print_json(found) if options.json else print(render(found))
+    if options.json:
+        _print_json(found)
+    else:
+        print(render(found))
     return OK
 
 

@@ -34,6 +34,8 @@ FLOAT = 4  # bytes
 SHARE_OF_FREE = 0.6  # of the free memory that factors may take; activations and eigendecompositions need the rest
 SHARE_BESIDE_A_PASS = 0.8  # the same on a GPU, where the activations of a batch are measured and already taken off
 
+Squares = tuple[dict[str, Tensor], int]  # sums over documents, by layer, and the number of documents
+Scaled = tuple[Covariances, dict[str, Tensor]]
 Result = TypeVar("Result")
 Work = Callable[[nn.Module, Iterator, torch.Generator, Result | None], Result]  # (model, batches, generator, sums to add to)
 
@@ -271,10 +273,6 @@ def _fit_scaled(
     rotations = basis_like(at_least_float32(passes.model.like), basis)  # once for all shards
     counted, Lambda = passes.over(scale(rotations), add, f"scaled eigenvalues{name}", salt=4)
     return _factors(basis, Lambda, weight=weight / counted.count)
-
-
-Squares = tuple[dict[str, Tensor], int]  # sums over documents, by layer, and the number of documents
-Scaled = tuple[Covariances, dict[str, Tensor]]
 
 
 def _added(some: Squares, more: Squares) -> Squares:

@@ -32,12 +32,7 @@ from tda.streaming import Copy, start_copy, to_device
 WITHIN_DOCUMENTS = "within_documents"  # the name under which transformers knows our attention
 PROBE_LENGTHS = (3, 2)  # documents of any two lengths show whether a model keeps them apart
 PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's would plan every new grid anew
-NEARLY_ALIKE = {
-    torch.float64: 1e-3,
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.1,
-    torch.float16: 0.1,
-}  # in units of what mixing changes
+NEARLY_ALIKE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # of what mixing changes
 
 
 @dataclass(frozen=True)
@@ -255,9 +250,7 @@ def _probe(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "base_model"):
         return False
-    if getattr(config.get_text_config(), "sliding_window", None) or getattr(
-        config.get_text_config(), "attn_logit_softcapping", None
-    ):
+    if any(getattr(config.get_text_config(), name, None) for name in ("sliding_window", "attn_logit_softcapping")):
         return False
     tokens = [np.arange(1, length + 1, dtype=np.int32) for length in PROBE_LENGTHS]
     names = [str(length) for length in PROBE_LENGTHS]

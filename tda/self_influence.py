@@ -1,7 +1,7 @@
 """Self-influence: scores of training rows for themselves, which predict how much a row's own cost would rise without it."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def self_scores(method: str, fitted: Fitted) -> np.ndarray:
 class _Block(Fitted):
     """A fitted run with a few of its training rows as queries, which computes no other row's gradients."""
 
-    def __init__(self, whole: Fitted, rows: Sequence[int], factors: functools._lru_cache_wrapper):
+    def __init__(self, whole: Fitted, rows: Sequence[int], factors: Callable[[int, tuple[int, ...]], SegmentFactors]):
         super().__init__(whole.run, whole.task, whole.train, whole.train.select(rows), whole.settings)
         self._rows, self._factors = rows, factors
         self.segments, self.exposure, self.layers = whole.segments, whole.exposure, whole.layers

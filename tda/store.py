@@ -26,6 +26,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tda.artifacts import FULL
 from tda.row_files import Extent, RowFiles
 from tda.stored_rows import (
     NUMBERS,
@@ -50,7 +51,6 @@ FRAGMENT_BYTES = 256 * 2**20  # of a file after compaction
 CHECKED_PAGES = 32  # of a table, whose layout is compared with what Lance reads
 MAX_FRAGMENTS = 64  # small files that a sealed table may keep
 SPARE_BYTES = 64 * 2**20  # left free beside the rows: Lance's own files, the system
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class GradientTable:
