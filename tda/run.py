@@ -90,19 +90,16 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
             bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
             if (number := result.step.number) in at:
                 model.eval()
-                folder = work / str(at.index(number))
+                folder = _checkpoints(work) / str(at.index(number))
                 write_table(work / f"trajectory-{folder.name}.parquet", pl.concat([before, trajectory_table(results)]))
                 save_checkpoint(folder, model, optimizer, step=number, mean=mean and mean.take())
                 model.train()
 
         train(model, documents, steps[done:], recipe, optimizer=optimizer, seed=recipe.seed, after=after)
 
-    last = work / f"trajectory-{len(at) - 1}.parquet"
-    trajectory = pl.read_parquet(last)
+    trajectory = pl.read_parquet(work / f"trajectory-{len(at) - 1}.parquet")
     with whole(workspace.checkpoints) as part:
-        part.mkdir()
-        for index in range(len(at)):
-            shutil.move(work / str(index), part / str(index))
+        shutil.move(_checkpoints(work), part)  # all at once: what a kill leaves can be resumed
     write_table(workspace.trajectory, trajectory)
     write_json(
         workspace.training,
@@ -125,11 +122,16 @@ def train_run(recipe: Train, documents: Documents, workspace: Workspace, *, cont
     remove(work)
 
 
+def _checkpoints(work: Path) -> Path:
+    """The folder of the checkpoints of an unfinished run."""
+    return work / "checkpoints"
+
+
 def _resume(work: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, num_checkpoints: int) -> tuple[int, pl.DataFrame]:
     """Load the last checkpoint in `work`, if there is one. Returns the number of steps taken and their trajectory."""
-    found = [index for index in range(num_checkpoints) if (work / str(index) / "state.json").exists()]
+    found = [index for index in range(num_checkpoints) if (_checkpoints(work) / str(index) / "state.json").exists()]
     if not found:
         return 0, trajectory_table([])
     last = found[-1]
-    step = resume(work / str(last), model, optimizer)
+    step = resume(_checkpoints(work) / str(last), model, optimizer)
     return step, pl.read_parquet(work / f"trajectory-{last}.parquet")

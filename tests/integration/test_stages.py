@@ -188,6 +188,26 @@ def test_training_that_was_killed_goes_on_and_ends_with_the_same_bytes(toy, tmp_
             assert (again.checkpoint(index) / name).read_bytes() == (workspace.checkpoint(index) / name).read_bytes()
 
 
+def test_training_that_was_killed_while_its_checkpoints_took_their_place_starts_again(toy, tmp_path, monkeypatch):
+    import tda.run
+
+    config, workspace = toy
+    again, move = Workspace(tmp_path / "again"), shutil.move
+    shutil.copytree(workspace.documents.parent, again.documents.parent)
+
+    def killed(*args: object) -> None:
+        move(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tda.run.shutil, "move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages(config, again, "train")
+    monkeypatch.setattr(tda.run.shutil, "move", move)
+    run_stages(config, again, "train")
+    assert again.training.read_bytes() == workspace.training.read_bytes()
+    assert sorted(path.name for path in again.checkpoints.iterdir()) == ["0", "1", "2", "3"]
+
+
 def test_checkpoints_are_attributed_at_their_mean_weights(toy, tmp_path):
     from safetensors.torch import load_file
 
