@@ -63,8 +63,9 @@ def block_krylov(product: Map, b: Rows, *, precondition: Map, rounds: int) -> Ro
 def _galerkin(
     SAS: Float[Tensor, "direction direction"], Sb: Float[Tensor, "direction query"]
 ) -> Float[Tensor, "direction query"]:
-    """`(S A S^T)^-1 S b`, with directions scaled to unit energy, and without those that are lost in rounding."""
-    scale = SAS.diagonal().clamp_min(torch.finfo(SAS.dtype).tiny).rsqrt()
+    """`(S A S^T)^-1 S b`, with directions scaled to unit energy, and without those that are 0 or lost in rounding."""
+    energies = SAS.diagonal()
+    scale = torch.where(energies > 0, energies.rsqrt(), 0)
     values, vectors = torch.linalg.eigh((SAS + SAS.T) / 2 * scale * scale[:, None])
     kept = values > ENERGY_FLOOR * values[-1]
     inside = vectors[:, kept]

@@ -66,10 +66,14 @@ Solver = Callable[[DampedCurvature, Float[Tensor, "query value"]], Float[Tensor,
 
 
 def respond(query: Gradients, curvature: DampedCurvature, solver: Solver, *, queries_at_once: int) -> Gradients:
-    """The responses of all queries, solved `queries_at_once` together."""
+    """The responses of all queries, solved `queries_at_once` together.
+
+    Queries are solved at a size of about 1: the squares of a tiny gradient, as of a query that is classified surely, would be 0.
+    """
     rows = pack(query, curvature.layers)
-    blocks = [curvature.root_P * solver(curvature, curvature.root_P * block) for block in rows.split(queries_at_once)]
-    return unpack(torch.cat(blocks), curvature.layers)
+    units = torch.ldexp(torch.ones_like(rows[:, :1]), rows.abs().amax(dim=1, keepdim=True).frexp().exponent)
+    blocks = [curvature.root_P * solver(curvature, curvature.root_P * block) for block in (rows / units).split(queries_at_once)]
+    return unpack(units * torch.cat(blocks), curvature.layers)
 
 
 @dataclass(frozen=True)

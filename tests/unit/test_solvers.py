@@ -10,11 +10,12 @@ from tda.data import Examples, batches
 from tda.ekfac import EKFAC
 from tda.fitted import Fitted, Settings
 from tda.ggn import gauss_newton_product, pack, queries_at_once, unpack
-from tda.iterative import conjugate_gradients, descend, largest_eigenvalue
+from tda.iterative import block_krylov, conjugate_gradients, descend, largest_eigenvalue
 from tda.methods import _solved_influence
-from tda.model import layer_matrix, layer_parameters, linear_modules, tracked_layers
+from tda.model import Layer, layer_matrix, layer_parameters, linear_modules, tracked_layers
 from tda.preconditioner import DiagonalCurvature, scalar
 from tda.segments import Segment
+from tda.solve import DampedCurvature, respond
 from tda.task import CausalLM, Classification
 from tda.trajectory import averaged
 from tda.trak import CountSketch, features, trak_scores
@@ -244,6 +245,27 @@ def test_solved_influence_is_the_inverse_of_the_dense_matrix(kind, method):
     # two hundred of ASTRA's shrinking steps come as near as 1%
     tolerance = {"rtol": 0, "atol": 1e-2 * expected.abs().max().item()} if method == "astra" else {}
     torch.testing.assert_close(torch.from_numpy(scores.values), expected, **tolerance)
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradients, block_krylov])
+def test_queries_of_any_size_or_none_are_solved_beside_others(solver):
+    """As of queries that are predicted surely, or whose cost is flat: the squares of such gradients are 0 in float32."""
+    layer, factors = Layer("a", 5, 4, True, "a"), some_factors(4, 5, seed=0)
+    root = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    G, q = root @ root.T / 20, torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    q[1], q[2] = 0, 1e-25 * q[0]
+    approximation = EKFAC(factors.Q_A.float(), factors.Q_S.float(), factors.Lambda.float())
+    curvature = DampedCurvature([layer], {"a": approximation}, torch.ones(20), {"a": 0.1})
+    steps = {"iterations": 60} if solver is conjugate_gradients else {"rounds": 12}
+
+    def solve(curvature, b):
+        return solver(curvature.times(lambda v: v @ G), b, precondition=curvature.approximate_inverse, **steps)
+
+    found = respond({"a": q.reshape(4, 4, 5)}, curvature, solve, queries_at_once=4)["a"].flatten(1)
+    expected = torch.linalg.solve(G + 0.1 * torch.eye(20), q[[0, 3]].T).T
+    torch.testing.assert_close(found[[0, 3]], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[2], 1e-25 * found[0], rtol=1e-3, atol=1e-28)
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.05 / (1 - 0.5)), ("adamw", 0.01)])
