@@ -4,7 +4,6 @@ The result is the mean of the weights over the last steps. That removes the nois
 difference between two trainings on the same rows (EXPERIMENTS.md, 2026-11-25).
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from tda.data import Data, batches
 from tda.means import RunningMean
+from tda.model import copy_of
 from tda.task import Task
 from tda.trajectory import Optimizer, Run
 
@@ -56,7 +56,7 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
             "hand over `retrain`, a function that trains"
         )
     for rows, seed in trainings:
-        model = copy.deepcopy(run.model).eval()
+        model = copy_of(run.model).eval()
         model.load_state_dict(run.initial, strict=False)  # names of tied weights may be left out
         steps, rates = schedule_without(run, rows, seed=seed)
         optimizer = make_optimizer(model, run.optimizer)

@@ -1,5 +1,6 @@
 """Models: building and loading language models, and finding the linear layers of any model, each seen as one matrix."""
 
+import copy
 import itertools
 import operator
 import re
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from tda.adapters import adapter_in, load_adapter
 from tda.config import Architecture
@@ -382,6 +384,12 @@ def _by_example(rows: Tensor, shape: Sequence[int]) -> Tensor:
         "example is not known; expected examples first, or examples and positions flattened; leave the layer out by the pattern "
         "of layers (curvature.layers in params.yaml, for `attribute`: layers)"
     )
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, with the values of tensors that `deepcopy` refuses: kept activations, weights that are made of others."""
+    kept = (value for module in model.modules() for value in tree_leaves(vars(module)) if isinstance(value, Tensor))
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -1,6 +1,5 @@
 """A finished training run: its checkpoints, and what every step did. A `Recorder` records one beside any training loop."""
 
-import copy
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from tda.losses import at_least_float32
 from tda.means import RunningMean
-from tda.model import freeze, linear_modules, parameter_name
+from tda.model import copy_of, freeze, linear_modules, parameter_name
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Run:
         narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
         return replace(
             self,
-            model=copy.deepcopy(self.model).float() if narrow else self.model,
+            model=copy_of(self.model).float() if narrow else self.model,
             checkpoints=[
                 replace(
                     held,
@@ -115,7 +114,7 @@ class Run:
         checkpoint = self.checkpoints[index]
         if mean and not checkpoint.mean_weights:
             raise ValueError("run: its checkpoints have no mean weights; record the run with a Recorder, or use weights=last")
-        model = copy.deepcopy(self.model)
+        model = copy_of(self.model)
         weights = checkpoint.weights | (checkpoint.mean_weights if mean else {})
         model.load_state_dict(weights, strict=False)  # names of tied weights may be left out
         return model.eval()
@@ -261,7 +260,7 @@ class Recorder:
         """
         if self._batches and len(self._batches) not in self._at:
             self._end_here()
-        model = copy.deepcopy(self._model).eval()
+        model = copy_of(self._model).eval()
         trained = self._trained()
         others = [name for name, parameter in self._model.named_parameters() if id(parameter) not in trained]
         run = Run(

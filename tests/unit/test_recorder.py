@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, weight_norm
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from tda.attribute import attribute
@@ -48,6 +50,46 @@ def train(model: nn.Module, *optimizers: torch.optim.Optimizer, **called) -> Run
 
 def sgd(*parameters, **settings) -> torch.optim.SGD:
     return torch.optim.SGD(*parameters, lr=0.05, **settings)
+
+
+class Keeping(nn.Module):
+    """A model that keeps its activations, as one does to look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = layers()
+        self.seen = []
+
+    def forward(self, x):
+        self.hidden = self.body[:2](x)
+        self.seen.append(self.hidden)
+        return self.body[2](self.hidden)
+
+
+def pruned() -> nn.Module:
+    model = layers()
+    prune.l1_unstructured(model[0], "weight", 0.3)
+    return model
+
+
+def normalised() -> nn.Module:
+    model = layers()
+    weight_norm(model[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:attribute. scores follow")
+@pytest.mark.parametrize("make", [Keeping, pruned, normalised])
+def test_a_model_that_holds_computed_tensors_is_recorded(make):
+    model = make()
+    run = train(model, sgd(model.parameters()))
+    queries = data().select([1, 2])
+    scores = [attribute(method, run, Classification(), data(), queries).values for method in ("replay", "source", "replay")]
+    np.testing.assert_array_equal(scores[0], scores[2])
+    if make is Keeping:
+        plain = layers()
+        again = train(plain, sgd(plain.parameters()))
+        np.testing.assert_array_equal(scores[1], attribute("source", again, Classification(), data(), queries).values)
 
 
 @pytest.mark.parametrize(("taken", "steps"), [(7, [3, 6, 7]), (2, [2]), (12, [3, 6, 9, 12]), (14, [3, 6, 9, 12, 14])])
