@@ -126,6 +126,7 @@ def check_replay(run: Run, task: Task, train: Data, *, tolerance: float = 1e-2) 
     errors as it does any change. More than `tolerance` is a ValueError.
     """
     training = _Training.of(run, task, train, None)
+    _refuse_partly_trained(training.moved_without())
     start, worst = training.start(), 0.0
     recorded = {checkpoint.step: checkpoint.weights for checkpoint in run.checkpoints}
     with _differentiable_twice(run.model):
@@ -188,6 +189,13 @@ class _Training:
             constants=self.constants | {name: value for name, value in self.initial.items() if name not in used},
         )
 
+    def moved_without(self) -> list[str]:
+        """Parameters that count as unused, as the first step gives them no gradient, and yet were moved by later ones."""
+        last = self.run.checkpoints[-1].weights
+        trained = [name for name, parameter in self.run.model.named_parameters() if parameter.requires_grad]
+        unused = [name for name in trained if name in self.constants and name in last]
+        return [name for name in unused if not torch.equal(last[name].to(self.constants[name]), self.constants[name])]
+
     def start(self) -> State:
         """The state before the first step."""
         zeros = {name: torch.zeros_like(value) for name, value in self.initial.items()}
@@ -212,7 +220,8 @@ class _Training:
         leaves = _leaves(weights)
         w = row_weights[batch.rows].to(self.device, self.dtype).requires_grad_(twice)
         total = self.total(self.losses, leaves, batch, w / batch.sizes.sum())
-        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=twice)
+        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=twice, allow_unused=True)
+        _refuse_partly_trained([name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None])
         return _Gradient(batch.rows, leaves, w, dict(zip(leaves, gradients, strict=True)))
 
     def walk(self, state: State, row_weights: Tensor, *, first: int = 0, last: int | None = None) -> Iterator[tuple[int, State]]:
@@ -260,7 +269,15 @@ class _Gradient:
         except DEVICE_ERRORS:
             raise
         except RuntimeError:  # an operation that cannot be batched over queries, as group norm
-            each = zip(*(self._products(leaves, list(one)) for one in zip(*tangents, strict=True)), strict=True)
+            try:
+                each = list(zip(*(self._products(leaves, list(one)) for one in zip(*tangents, strict=True)), strict=True))
+            except DEVICE_ERRORS:
+                raise
+            except RuntimeError as error:
+                raise ValueError(
+                    f"replay: an operation of the model cannot be differentiated twice: {error}; expected operations that can, "
+                    "as those of most layers; write it in others, or use another method, such as source"
+                ) from error
             *of_weights, of_w = (None if parts[0] is None else torch.stack(parts) for parts in each)
         return dict(zip(self.leaves, of_weights, strict=True)), of_w
 
@@ -362,6 +379,15 @@ def _check(run: Run, train: Data) -> None:
             )
 
 
+def _refuse_partly_trained(names: Sequence[str]) -> None:
+    """Refuse parameters that an optimizer skips in some steps: those without a gradient there."""
+    if names:
+        raise ValueError(
+            f"replay: {', '.join(names[:3])} had a gradient in some steps only; expected parameters that have one in every step, "
+            "or in none; use another method, such as source"
+        )
+
+
 def _deviation(start: Weights, weights: Weights, recorded: Weights, number: int, tolerance: float, model: nn.Module) -> float:
     """The distance of replayed and recorded weights, in parts of the distance moved; refused above `tolerance`."""
     lacking = [name for name in weights if name not in recorded or recorded[name].shape != weights[name].shape]
@@ -385,6 +411,8 @@ def _deviation(start: Weights, weights: Weights, recorded: Weights, number: int,
     )
     if narrow:
         causes += f"; the checkpoint is {recorded[narrow[0]].dtype}, the initial weights are {weights[narrow[0]].dtype}"
+    elif all(torch.equal(recorded[name].bfloat16().to(recorded[name]), recorded[name]) for name in weights):
+        causes += "; the recorded weights are in bfloat16, whose rounding in every step is not repeated"
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
         causes += "; the model has dropout, which must have been off (eval mode) in training"
     raise ValueError(

@@ -414,6 +414,50 @@ def test_refusal_of_other_settings_of_the_optimizer():
     assert replay_scores(dataclasses.replace(run, optimizer=other), task, data, queries, tolerance=10.0).shape == (5, NUM_ROWS)
 
 
+class Routed(nn.Module):
+    """One layer for all examples, and one for those whose first input is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.every, self.some = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        outputs, large = self.every(x), x[:, 0] > 0
+        return outputs.index_add(0, large.nonzero()[:, 0], self.some(x[large])) if large.any() else outputs
+
+
+@pytest.mark.filterwarnings("ignore:recorder. .* did not move between some checkpoints")
+@pytest.mark.parametrize("first", ["large", "small"])
+def test_refusal_of_parameters_that_some_steps_skip(first):
+    """Those that the first step skips counted as never trained, and scores of the rows that trained them were 0."""
+    data = examples()
+    large = np.flatnonzero(data.x[:, 0] > 0)
+    steps = 2 * [large, np.setdiff1d(np.arange(NUM_ROWS), large)]
+    _, run = really_train(lambda: Routed().double().eval(), OPTIMIZERS["sgd"], data, steps if first == "large" else steps[::-1])
+    with pytest.raises(ValueError, match=r"replay: some.weight, some.bias had a gradient in some steps only; expected"):
+        replay_scores(run, Classification(), data, data)
+
+
+def test_refusal_of_operations_that_have_no_second_derivative():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.EmbeddingBag(7, 5), nn.Linear(5, 4)).double().eval()
+
+    data = Examples(torch.arange(NUM_ROWS * 3).reshape(NUM_ROWS, 3) % 7, torch.arange(NUM_ROWS) % 4)
+    _, run = really_train(build, OPTIMIZERS["sgd"], data, some_batches())
+    with pytest.raises(ValueError, match=r"cannot be differentiated twice: .*embedding_bag.*; expected .* such as source"):
+        replay_scores(run, Classification(), data, data)
+
+
+def test_refusal_of_a_run_in_bfloat16_names_it():
+    """As `attribute` hands it over, in float32."""
+    data = examples()
+    narrow = Examples(data.x.bfloat16(), data.y)
+    _, run = really_train(lambda: nn.Sequential(*network()).bfloat16().eval(), OPTIMIZERS["sgd"], narrow, some_batches())
+    with pytest.raises(ValueError, match="the recorded weights are in bfloat16, whose rounding in every step is not repeated"):
+        replay_scores(run.at_least_float32(), Classification(), Examples(narrow.x.float(), data.y), data)
+
+
 def test_refusal_of_a_run_with_dropout_names_it():
     data = examples()
 
