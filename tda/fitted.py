@@ -38,6 +38,7 @@ from tda.source import Gradients, SegmentDynamics
 from tda.task import Task
 from tda.trajectory import Run
 
+CHECKED_ROWS = 8  # on which a model's losses and gradients are looked at
 VALUES_AT_ONCE = 2**23  # values in the largest tensor of a Gauss-Newton product, over the queries that are multiplied together
 
 Positive = Annotated[float, Field(gt=0)]
@@ -143,9 +144,9 @@ class Fitted:
     def _linear(self) -> list[Layer]:
         model = self.model(-1)
         layers = tracked_layers(model, self.settings.layers, probe=self._probe)
-        two = self._batch(range(min(2, len(self.train))))
-        check_losses(model, self._batch([0]), two, task=self.task)
-        check_gradients(model, layers, two, task=self.task)
+        rows = self._few_rows()
+        losses = check_losses(model, (self._batch([row]) for row in rows), self._batch(rows), task=self.task)
+        check_gradients(model, layers, self._batch(rows), counted=int(losses.argmax()), task=self.task)
         said = what_is_left_out(model, layers) if self.settings.layers == EVERY_LAYER else ""
         if said:
             warnings.warn(f"attribute: {said}", stacklevel=2)
@@ -167,6 +168,11 @@ class Fitted:
 
     def _probe(self, model: nn.Module) -> object:
         return self.task.losses(model, self._batch([0]))
+
+    def _few_rows(self) -> list[int]:
+        """A few rows from all over the training data, no more than fit into a batch, if these are two."""
+        num = min(CHECKED_ROWS, len(self.train), max(2, self.batch_size // int(self.train.lengths.max())))
+        return np.linspace(0, len(self.train) - 1, num).astype(int).tolist()
 
     def _batch(self, rows: Sequence[int]) -> Batch | TensorBatch:
         return self.train.batch(rows).to(self.device)

@@ -122,12 +122,12 @@ def _over_layers(
     return torch.stack(parts).sum(dim=0)
 
 
-def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, task: Task) -> None:
+def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, counted: int, task: Task) -> None:
     """Refuse layers whose inputs and pseudo-gradients do not give the gradient of one example, summed over their uses.
 
-    Where the first example alone counts in the loss, no other has a gradient at any layer: else the model mixes examples, or the
-    axes of examples and positions. And the first one's gradient is autograd's: else the layer is not `W a + b`, or its weight
-    acts in other places too.
+    Where the example at place `counted` alone counts in the loss, no other has a gradient at any layer: else the model mixes
+    examples, or the axes of examples and positions. And its own gradient is autograd's: else the layer is not `W a + b`, or its
+    weight acts in other places too.
 
     Raises:
         ValueError: it is otherwise; the message says at which layers.
@@ -138,16 +138,17 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
 
     def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
         G = Ds.mT @ a
-        if len(G) != len(batch.rows) or (G[1:].abs() > 0).any():  # what is no number says nothing
+        if len(G) != len(batch.rows) or (G[alone == 0].abs() > 0).any():  # what is no number says nothing
             mixed.append(layer.name)
-        seen[layer.name] = seen.get(layer.name, 0) + G[0]
+        else:
+            seen[layer.name] = seen.get(layer.name, 0) + G[counted]
 
-    first = (torch.arange(len(batch.rows)) == 0).float().to(batch.sizes.device)
+    alone = (torch.arange(len(batch.rows)) == counted).float().to(batch.sizes.device)
     with captured(model, layers, encode=layer_input, consume=look):
         parameters = [part for layer in layers for part in _parameters(layer, modules[layer.name])]
         for parameter in parameters:
             parameter.requires_grad_()
-        gradients = iter(torch.autograd.grad(task.losses(model, batch, weights=first)[0], parameters, materialize_grads=True))
+        gradients = iter(torch.autograd.grad(task.losses(model, batch, weights=alone)[0], parameters, materialize_grads=True))
     if mixed:
         raise ValueError(
             f"layers: {', '.join(mixed[:4])}: an example whose loss has no weight has a gradient there; expected layers that see "
@@ -169,14 +170,20 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
 
 
 @torch.no_grad()
-def check_losses(model: nn.Module, alone: Batch | TensorBatch, beside: Batch | TensorBatch, *, task: Task) -> None:
-    """Refuse a model whose loss of an example, the first of both batches, depends on the others of the batch."""
-    one, other = (float(task.losses(model, batch)[1][0]) for batch in (alone, beside))
-    if abs(one - other) > SAME * (1 + abs(one)):
+def check_losses(
+    model: nn.Module, each: Iterable[Batch | TensorBatch], together: Batch | TensorBatch, *, task: Task
+) -> Float[Tensor, " example"]:
+    """The losses of the examples of a batch. Refused where one is another than alone, as `each` has the same examples."""
+    beside = task.losses(model, together)[1]
+    alone = torch.cat([task.losses(model, batch)[1] for batch in each])
+    off = ((alone - beside).abs() > SAME * (1 + alone.abs())).nonzero()[:, 0].tolist()
+    if off:
         raise ValueError(
-            f"attribute: the loss of the first row is {one:.4g} alone and {other:.4g} beside another; expected a model that "
-            "treats every example by itself, padding too, and draws nothing at random in eval mode"
+            f"attribute: the loss of row {together.rows[off[0]]} is {alone[off[0]]:.4g} alone and {beside[off[0]]:.4g} beside "
+            "others; expected a model and a loss that treat every example by itself, padding too, and draw nothing at random in "
+            "eval mode"
         )
+    return beside
 
 
 def _parameters(layer: Layer, module: nn.Module) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tda.attribute import attribute
 from tda.model import Layer
+from tda.task import Classification
 from tests.unit.test_attribute import gradient, recorded_run
 
 
@@ -75,8 +76,41 @@ def test_a_layer_that_runs_without_gradients_is_refused():
 def test_a_model_whose_loss_hangs_on_the_rest_of_the_batch_is_refused():
     mixing = Function(lambda body, x: torch.softmax(body(x) @ x.T, dim=1) @ x)
     run, task, train, queries = recorded_run(mixing, torch.randn(12, 4))
-    with pytest.raises(ValueError, match=r"attribute: the loss of the first row is .* alone and .* beside another; expected"):
+    with pytest.raises(ValueError, match=r"attribute: the loss of row 0 is .* alone and .* beside others; expected"):
         attribute("gradient_dot", run, task, train, queries)
+
+
+class Survival(Classification):
+    """Cox's partial likelihood: a row's risk is compared with those that live longer. Half of the rows are censored."""
+
+    def outputs(self, model, batch):
+        return model(batch.x)[:, :1]
+
+    def output_losses(self, outputs, batch):
+        risks, times = outputs[:, 0], batch.x[:, 0]
+        at_risk = torch.where(times >= times[:, None], risks, -torch.inf).logsumexp(dim=1)
+        return (batch.y % 2) * (at_risk - risks)
+
+
+def test_a_loss_that_hangs_on_other_rows_is_refused_wherever_the_first_row_stands():
+    """Row 0 is censored, so that its loss is 0 with any others."""
+    run, _task, train, queries = recorded_run(Function(lambda body, x: body(x).tanh()), torch.randn(12, 4))
+    with pytest.raises(ValueError, match=r"attribute: the loss of row .* alone and .* beside others; expected a model and a"):
+        attribute("gradient_dot", run, Survival("loss"), train, queries)
+
+
+class FlatOfZero(Classification):
+    """A loss that is flat for class 0, that of row 0, as a hinge is where an example is classified well."""
+
+    def output_losses(self, outputs, batch):
+        return (batch.y > 0) * super().output_losses(outputs, batch)
+
+
+def test_a_weight_that_is_used_elsewhere_is_refused_though_the_loss_of_the_first_row_is_flat():
+    model = Function(lambda body, x: F.linear(body(x).tanh(), body.weight))
+    run, _task, train, queries = recorded_run(model, torch.randn(12, 4))
+    with pytest.raises(ValueError, match="layers: body: a layer's inputs and"):
+        attribute("gradient_dot", run, FlatOfZero("loss"), train, queries)
 
 
 def test_a_layer_that_does_not_see_the_examples_is_refused():
