@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tda.model import Layer, input_of, layer_inputs, layer_outputs, one_hot, plain_head, uses_of
 
@@ -38,7 +39,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     plain_head(model)  # probes a model it has not seen: before there are hooks
     modules = dict(model.named_modules())
     by_name = {layer.name: layer for layer in layers}
-    shape: Sequence[int] = ()
+    shape: Sequence[int] = ()  # of the model's input; () where the task calls only parts of the model
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     last_of_group = {layer.group: layer.name for layer in layers}
     shared: dict[str, tuple[Tensor, Tensor | None]] = {}  # by group: input and what is kept of it, until its last layer has run
@@ -46,12 +47,12 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     def as_weight(module: nn.Module, values: Tensor) -> Tensor:
         return values.to(module.weight.dtype)  # under autocast, values are narrower
 
-    def on_input(layer: Layer, module: nn.Module, a: Tensor) -> Tensor | None:
+    def on_input(layer: Layer, module: nn.Module, a: Tensor, seen: Sequence[int]) -> Tensor | None:
         held = shared.get(layer.group)
         if held is None or held[0] is not a:
             held = shared[layer.group] = (
                 a,
-                encode(by_name[layer.group], layer_inputs(module, as_weight(module, a.detach()), shape)),
+                encode(by_name[layer.group], layer_inputs(module, as_weight(module, a.detach()), seen)),
             )
         if layer.name == last_of_group[layer.group]:
             del shared[layer.group]
@@ -69,13 +70,14 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
                     "that is differentiated; leave it out by the pattern of layers (curvature.layers in params.yaml, for "
                     "`attribute`: layers)"
                 )
+            a = input_of(inputs, named)
+            seen = shape or a.shape[:1]
             if not output.requires_grad:
                 output = output.requires_grad_().clone()  # not the leaf itself: the next layer may change its input in place
-            called_on, seen = input_of(inputs, named), shape
             if isinstance(module, nn.Embedding):
-                output.register_hook(lambda Ds: look_up(module, called_on, as_weight(module, Ds), seen))
+                output.register_hook(lambda Ds: look_up(module, a, as_weight(module, Ds), seen))
             else:
-                kept = on_input(layer, module, called_on)
+                kept = on_input(layer, module, a, seen)
                 output.register_hook(lambda Ds: consume(layer, kept, layer_outputs(module, as_weight(module, Ds), seen)))
             return output
 
@@ -83,7 +85,8 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
 
     def start(_module: nn.Module, inputs: tuple, named: dict) -> None:
         nonlocal shape
-        shape = next(tuple(one.shape) for one in (*inputs, *named.values()) if isinstance(one, Tensor))
+        tensors = (one for one in tree_leaves((inputs, named)) if isinstance(one, Tensor) and one.ndim)
+        shape = next((tuple(one.shape) for one in tensors), ())
 
     def release(_module: nn.Module, _inputs: tuple, _output: object) -> None:
         shared.clear()

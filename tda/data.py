@@ -135,6 +135,11 @@ class Examples:
     y: Tensor
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
+            raise ValueError(
+                f"examples: the inputs are {type(self.x).__name__}, the targets {type(self.y).__name__}; expected tensors; give "
+                "torch.as_tensor of them, and several inputs as one tensor, which the task or the model divides"
+            )
         if len(self.x) != len(self.y) or not len(self.x):
             raise ValueError(f"examples: {len(self.x)} inputs and {len(self.y)} targets; expected equally many, at least one")
 

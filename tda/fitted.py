@@ -155,16 +155,18 @@ class Fitted:
     @cached_property
     def _embeddings(self) -> list[Layer]:
         """The embeddings whose gradients can be told apart by example; others are left out, as those of positions."""
-        model, two = self.model(-1), self._batch(range(min(2, len(self.train))))
+        model, batch = self.model(-1), self._batch(self._few_rows())
+        found = embedding_layers(model, self.settings.layers) if self._with_embeddings else []
+        counted = int(self.task.losses(model, batch)[1].argmax()) if found else 0
 
         def can_be_followed(layer: Layer) -> bool:
             try:
-                check_gradients(model, [layer], two, task=self.task)
+                check_gradients(model, [layer], batch, counted=counted, task=self.task)
             except ValueError:
                 return False
             return True
 
-        return list(filter(can_be_followed, embedding_layers(model, self.settings.layers))) if self._with_embeddings else []
+        return list(filter(can_be_followed, found))
 
     def _probe(self, model: nn.Module) -> object:
         return self.task.losses(model, self._batch([0]))

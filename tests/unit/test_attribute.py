@@ -513,6 +513,11 @@ def test_a_measurement_that_no_task_has_is_refused(kind):
         kind.__post_init__(SimpleNamespace(measurement="accuracy"))  # types are checked only here, not where users are
 
 
+def test_examples_that_are_no_tensors_are_refused():
+    with pytest.raises(ValueError, match="examples: the inputs are ndarray, the targets list; expected tensors; give"):
+        Examples.__post_init__(SimpleNamespace(x=np.zeros((3, 2)), y=[0, 1, 2]))  # as above
+
+
 @pytest.mark.parametrize(("side", "name"), [(0, "inputs"), (1, "targets")])
 def test_examples_that_are_no_numbers_are_named(side, name):
     values = [torch.randn(4, 3), torch.randn(4, 1)]

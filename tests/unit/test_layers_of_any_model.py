@@ -144,6 +144,32 @@ def test_an_input_may_be_given_by_name():
     np.testing.assert_array_equal(*scores)
 
 
+class Called(Classification):
+    """A task that calls a model in another way than with a tensor of all examples."""
+
+    def outputs(self, model, batch):
+        return self.measure(model, batch.x)
+
+
+@pytest.mark.parametrize(
+    ("take", "call"),
+    [
+        (lambda body, x: body(x["x"]).tanh(), lambda model, x: model({"x": x})),
+        (lambda body, x: body(x[1][0]).tanh(), lambda model, x: model((2, [x]))),
+        (lambda body, x: body(x[1]).tanh(), lambda model, x: model((torch.tensor(1.0), x))),
+        (lambda body, x: body(x).tanh(), lambda model, x: model.head(model.body(x).tanh())),
+    ],
+    ids=["a dictionary", "a tuple", "a number first", "its parts"],
+)
+def test_a_task_may_call_a_model_in_its_own_way(take, call, monkeypatch):
+    monkeypatch.setattr(Called, "measure", staticmethod(call), raising=False)
+    x = torch.linspace(-1, 1, 48).reshape(12, 4)
+    run, task, train, queries = recorded_run(Function(lambda body, x: body(x).tanh()), x)
+    expected = attribute("source", run, task, train, queries, num_segments=1).values
+    run.model.function = take
+    np.testing.assert_array_equal(attribute("source", run, Called(), train, queries, num_segments=1).values, expected)
+
+
 def test_a_model_that_ran_compiled_before_is_followed():
     """Compiled code that is kept from then knows of no hooks."""
     torch.manual_seed(0)
