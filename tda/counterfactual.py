@@ -5,6 +5,7 @@ difference between two trainings on the same rows (EXPERIMENTS.md, 2026-11-25).
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -40,7 +41,7 @@ def random_halves(num_rows: int, number: int, random: np.random.Generator) -> np
 def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]) -> Iterator[nn.Module]:
     """Models trained as a recorded run was: from its initial weights, as many epochs in another order, with its learning rates.
 
-    They are trained in eval mode, so without dropout.
+    They are trained in eval mode, so without dropout. Warns if the model has any.
 
     Raises:
         ValueError: the run has no initial weights or no batches, or its model does not train in eval mode.
@@ -55,6 +56,12 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
             "retraining: the model normalises by batches, whose statistics it would not learn in eval mode, as retraining is; "
             "hand over `retrain`, a function that trains"
         )
+    if has_dropout(run.model):
+        warnings.warn(
+            "retraining: the model has dropout, and retrainings are without; if the run was trained with it, hand over "
+            "`retrain`, a function that trains",
+            stacklevel=2,
+        )
     for rows, seed in trainings:
         model = copy_of(run.model).eval()
         model.load_state_dict(run.initial, strict=False)  # names of tied weights may be left out
@@ -67,6 +74,16 @@ def retrained(run: Run, task: Task, train: Data, trainings: Sequence[Retraining]
             take_step(model, train, step, task=task, optimizer=optimizer, origin=f"retraining: step {number}")
             tail.step()
         yield tail.finish()
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model drops anything at random in training mode."""
+    inside = (nn.RNNBase, nn.MultiheadAttention)
+    return any(
+        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or (isinstance(module, inside) and module.dropout > 0)
+        for module in model.modules()
+    )
 
 
 def schedule_without(run: Run, rows: np.ndarray, *, seed: int) -> tuple[list[np.ndarray], np.ndarray]:

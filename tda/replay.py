@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tda.counterfactual import BATCH_NORMS
+from tda.counterfactual import BATCH_NORMS, has_dropout
 from tda.data import Batch, Data, TensorBatch
 from tda.optimizer_steps import PULL_BACKS, STEPS, State, Weights
 from tda.parallel import DEVICE_ERRORS
@@ -413,7 +413,7 @@ def _deviation(start: Weights, weights: Weights, recorded: Weights, number: int,
         causes += f"; the checkpoint is {recorded[narrow[0]].dtype}, the initial weights are {weights[narrow[0]].dtype}"
     elif all(torch.equal(recorded[name].bfloat16().to(recorded[name]), recorded[name]) for name in weights):
         causes += "; the recorded weights are in bfloat16, whose rounding in every step is not repeated"
-    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+    if has_dropout(model):
         causes += "; the model has dropout, which must have been off (eval mode) in training"
     raise ValueError(
         f"replay: at step {number} the replayed weights are off by {error:.2g} of the distance that the recorded ones moved; "

@@ -247,6 +247,19 @@ def test_a_function_that_trains_is_used_where_one_is_given():
         assert sorted([*first, *second]) == list(range(12))
 
 
+@pytest.mark.parametrize(
+    "part", [nn.Dropout(0.1), nn.GRU(3, 3, num_layers=2, dropout=0.1), nn.MultiheadAttention(4, 2, dropout=0.1)]
+)
+def test_dropout_that_retraining_leaves_off_is_told_of(part):
+    run, task, train, _queries = setting("classification")
+    model = nn.Sequential(*run.model)
+    next(retrained(replace(run, model=model), task, train, [(np.arange(12), 0)]))  # says nothing, or the test fails
+    model[1].part = part
+    initial = run.initial | {f"1.part.{name}": value for name, value in part.state_dict().items()}
+    with pytest.warns(UserWarning, match="retraining: the model has dropout, and retrainings are without; if the run was"):
+        next(retrained(replace(run, model=model, initial=initial), task, train, [(np.arange(12), 0)]))
+
+
 def test_refusals():
     run, task, train, queries = setting("classification")
     with pytest.raises(ValueError, match=r"datamodel: 1 retrainings on halves of 12 rows; expected at least 2"):
