@@ -8,7 +8,7 @@ import numpy as np
 from tda.bank import Bank, ceiling
 from tda.bank_scores import RunStore, Scored
 from tda.data import Documents
-from tda.lds import INTERVAL, RESAMPLES, MethodLDS, mean_over_queries, method_lds
+from tda.lds import MethodLDS, interval_words, mean_over_queries, method_lds
 from tda.variants import Variant
 
 BASELINES = ("random", "bm25", "gradient_dot")
@@ -36,7 +36,7 @@ def evaluate_lds(bank: Bank, variants: Sequence[Variant], seeds: Sequence[int], 
         "ceiling": ceiling(bank),
         "seeds": list(seeds),
         "checkpoints": store.num_checkpoints,
-        "interval": f"{INTERVAL}, {RESAMPLES} resamples",
+        "interval": interval_words(bank.data.num_queries),
         "training_cpu_seconds": float(np.mean([store.training_seconds(seed) for seed in seeds])),
         "methods": {label: _method(found[label], scored[label]) for label in found},
         "differences": {

@@ -19,7 +19,7 @@ from tda.bank import Bank
 from tda.bank_scores import RunStore
 from tda.bank_training import FULL, REMOVAL, Job
 from tda.evaluate_lds import describe, with_interval
-from tda.lds import CONFIDENCE, INTERVAL, mean_over_queries
+from tda.lds import CONFIDENCE, interval_words, mean_over_queries
 from tda.make_bank import retrain
 from tda.text_table import text_table
 from tda.variants import Variant
@@ -75,7 +75,7 @@ def evaluate_removal(
         "runs": list(seeds),
         "retrainings": removal.num_retrainings,
         "control": control,
-        "interval": INTERVAL,
+        "interval": interval_words(len(chosen)),
         "methods": {label: _curve(costs[label], right[label]) for label in orders},
     }
 

@@ -17,7 +17,6 @@ from tda.rank_correlation import spearman
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-INTERVAL = f"{CONFIDENCE:.0%} percentile bootstrap over queries"
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,13 @@ def mean_over_queries(values: Float[np.ndarray, " query"]) -> Estimate:
     means = values[draws].mean(axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def interval_words(num_queries: int) -> str:
+    """How `mean_over_queries` makes intervals."""
+    if num_queries == 1:
+        return "none of a single query, whose value stands at both ends"
+    return f"{CONFIDENCE:.0%} percentile bootstrap over queries, {RESAMPLES} resamples"
 
 
 @dataclass(frozen=True)

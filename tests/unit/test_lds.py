@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from tda.lds import lds_by_query, mean_over_queries, method_lds
+from tda.lds import interval_words, lds_by_query, mean_over_queries, method_lds
 from tda.make_bank import half_subsets
 from tda.rank_correlation import spearman
 
@@ -79,6 +79,11 @@ def test_the_interval_is_that_of_a_bootstrap_over_queries():
     assert estimate.high == pytest.approx(values.mean() + half, abs=0.01)
     assert mean_over_queries(values) == estimate
     assert str(mean_over_queries(np.ones(3))) == "1.000 [1.000, 1.000]"
+
+
+def test_one_query_has_no_interval():
+    assert interval_words(2) == "95% percentile bootstrap over queries, 10000 resamples"
+    assert interval_words(1) == "none of a single query, whose value stands at both ends"
 
 
 def test_runs_and_their_ensemble():
