@@ -323,8 +323,15 @@ class _Total(nn.Module):
 
 @contextmanager
 def _differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Inside the block, attention and a language model's head use plain operations: the faster ones have no second derivative."""
+    """Inside the block, attention and a language model's head use plain operations: the faster ones have no second derivative.
+
+    Neither have sparse gradients of embeddings, which become dense.
+    """
     with ExitStack() as stack:
+        for module in model.modules():
+            if getattr(module, "sparse", False):
+                module.sparse = False
+                stack.callback(setattr, module, "sparse", True)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:  # `document_losses` calls a head that is listened to

@@ -265,6 +265,21 @@ def test_an_operation_that_cannot_be_batched_over_queries():
     torch.testing.assert_close(scores[:, [0, 5]], differences, rtol=1e-5, atol=1e-8)
 
 
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones():
+    data = Examples(torch.arange(NUM_ROWS * 3).reshape(NUM_ROWS, 3) % 7, torch.arange(NUM_ROWS) % 4)
+    scores = []
+    for sparse in (True, False):
+
+        def build(sparse=sparse):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Embedding(7, 5, sparse=sparse), nn.Flatten(), nn.Linear(15, 4)).double().eval()
+
+        model, run = really_train(build, OPTIMIZERS["sgd"], data, some_batches())
+        scores.append(replay_scores(run, Classification(), data, data))
+        assert run.model[0].sparse is model[0].sparse is sparse
+    np.testing.assert_array_equal(*scores)
+
+
 def test_batch_norms_that_learned_statistics_are_named():
     model = WithExtras()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
