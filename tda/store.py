@@ -407,7 +407,8 @@ def open_sealed(store: Path, manifest: dict[str, Any], *, identity: dict[str, An
 
     name, tag, checkpoint = manifest["table"], manifest["tag"], manifest["checkpoint"]
     fixed = {key: manifest[key] for key in ("checkpoint", "segment", "dim", "dtype")}
-    remedy = f"the store is not versioned, only its manifests are: run `dvc repro --single-item --force gradients@{checkpoint}`"
+    parts = f"gradients@{checkpoint}" if table_names(store) else "gradients"  # all are missing in a clone
+    remedy = f"the store is not versioned, only its manifests are: run `dvc repro --single-item --force {parts}`"
     path = table_path(store, name)
     if not _is_table(path):
         raise FileNotFoundError(f"{path} is missing; {remedy}")

@@ -220,7 +220,9 @@ def test_missing_table_tag_and_rows_name_the_stage(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"has 50 rows at run-.*, the manifest 51; .*{remedy}"):
         open_sealed(tmp_path, manifest | {"rows": 51})
     with pytest.raises(FileNotFoundError, match=f"is missing; .*{remedy}"):
-        open_sealed(tmp_path / "elsewhere", manifest)
+        open_sealed(tmp_path, manifest | {"table": "gradients_3_gone"})
+    with pytest.raises(FileNotFoundError, match=r"is missing; .*run `dvc repro --single-item --force gradients`"):
+        open_sealed(tmp_path / "clone", manifest)
 
 
 def test_sealing_needs_every_document(tmp_path):
