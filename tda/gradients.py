@@ -137,11 +137,11 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
 
     def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        G = Ds.mT @ a
-        if len(G) != len(batch.rows) or (G[alone == 0].abs() > 0).any():  # what is no number says nothing
+        moved = (Ds.abs() > 0).any(dim=-1) & (a.abs() > 0).any(dim=-1)  # what is no number says nothing
+        if len(moved) != len(batch.rows) or moved[alone == 0].any():
             mixed.append(layer.name)
         else:
-            seen[layer.name] = seen.get(layer.name, 0) + G[counted]
+            seen[layer.name] = seen.get(layer.name, 0) + Ds[counted].mT @ a[counted]
 
     alone = (torch.arange(len(batch.rows)) == counted).float().to(batch.sizes.device)
     with captured(model, layers, encode=layer_input, consume=look):
