@@ -51,7 +51,13 @@ def averaged_response(place: Fitted, query: Gradients) -> Gradients:
     """(G + (w + damping) P^-1)^-1 q for query gradients q, with the curvature of `place`, as `at_mean_of` gives it."""
     (segment,) = place.segments
     (dynamics,) = place.dynamics
-    damping = dict.fromkeys(dynamics.curvature, dynamics.weight_decay + place.settings.damping_scale / segment.time)
+    rate = dynamics.weight_decay + place.settings.damping_scale / segment.time
+    if not rate:
+        raise ValueError(
+            "averaged_influence: damping_scale is 0 and the run has no weight decay, so that there may be no answer; expected "
+            "one of them above 0"
+        )
+    damping = dict.fromkeys(dynamics.curvature, rate)
     curvature = DampedCurvature.of(place.layers, dynamics.curvature, damping, device=place.device)
     product = place.product(segment, segment.checkpoints)
 

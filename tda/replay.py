@@ -410,8 +410,8 @@ def _deviation(start: Weights, weights: Weights, recorded: Weights, number: int,
         return error
     cosine = float(moved @ expected / (moved.norm() * expected.norm()))
     causes = (
-        "they went the same way by another length: learning rates (recorded after a scheduler changed them?), or what the loss "
-        "is divided by"
+        "they went the same way by another length: learning rates (recorded after a scheduler changed them?), clipped gradients, "
+        "the task's loss, or what it is divided by"
         if cosine > 0.99
         else "they went another way: batches (other rows, or another order), the optimizer's settings, clipped "
         "gradients, the task's loss, or the data"

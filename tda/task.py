@@ -198,7 +198,8 @@ class Classification(_ExampleTask):
 class Regression(_ExampleTask):
     """Squared error of `model(x)` against `y`, both (example, ...), summed over the outputs of an example.
 
-    The cost is that, or the summed absolute error.
+    `nn.MSELoss` takes the mean over outputs too: of several, a run with it has another loss. The cost is the squared error, or
+    the summed absolute error.
     """
 
     measurement: RegressionMeasurement = "absolute_error"

@@ -321,6 +321,13 @@ def test_block_krylov_is_exact_at_once_with_the_inverse_and_copes_with_equal_que
     torch.testing.assert_close(x, b / A.diagonal())
 
 
+def test_no_damping_at_all_is_refused():
+    held = fitted("classification")
+    run = replace(held.run, optimizer=replace(held.run.optimizer, weight_decay=0.0))
+    with pytest.raises(ValueError, match="averaged_influence: damping_scale is 0 and the run has no weight decay, so that"):
+        attribute("averaged_influence", run, held.task, held.train, held.queries, damping_scale=0)
+
+
 def test_a_diverged_run_is_named():
     held = fitted("classification")
     first, *rest = held.run.checkpoints
