@@ -300,7 +300,8 @@ def _stage(options: argparse.Namespace) -> int:
 
     config, workspace = _inputs(options)
     if not options.profile:
-        run_stage(options.command, config, workspace, options.index)
+        with _settings_unchanged(options):
+            run_stage(options.command, config, workspace, options.index)
         return OK
     from tda.profiling import profiled
 
@@ -311,6 +312,26 @@ def _stage(options: argparse.Namespace) -> int:
     print(f"table    {folder / 'table.txt'}   (in one process, whatever compute.workers says)")
     print(f"trace    {folder / 'trace.json.gz'}   (open it in a browser: chrome://tracing or ui.perfetto.dev)")
     return OK
+
+
+@contextlib.contextmanager
+def _settings_unchanged(options: argparse.Namespace) -> Iterator[None]:
+    """Refuse, at the end of the block, settings of the stage that were changed in it: DVC reads them when a stage has ended.
+
+    Raises:
+        RuntimeError: some were. As the stage fails, DVC does not record what was made by the old ones as made by the new ones.
+    """
+    from tda.config import settings_of
+
+    before = settings_of(options.command, options.params)
+    yield
+    now = settings_of(options.command, options.params)
+    if changed := [key for key in before if now[key] != before[key]]:
+        stage = options.command if options.index is None else f"{options.command}@{options.index}"
+        raise RuntimeError(
+            f"{', '.join(changed)} in {options.params} changed while the stage ran, and what it made is by the old settings; run "
+            f"`dvc repro` for the new ones, or set the old ones again and run `dvc commit --force {stage}`"
+        )
 
 
 def _query(options: argparse.Namespace) -> int:

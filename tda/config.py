@@ -339,22 +339,39 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:
-    """The configuration in `path`.
+    """The configuration in `path`. A key that is unknown, missing or has a wrong value is a ValueError, which names each.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is unknown, missing or has a wrong value; the message names each.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; run from the project's folder or give --params FILE")
+    return parse_config(_read_yaml(path), origin=str(path))
+
+
+def settings_of(stage: str, path: Path) -> dict[str, Any]:
+    """The values that `path` has now under the keys that `stage` depends on, by the `dvc.yaml` beside it; none without one."""
+    pipeline = path.with_name("dvc.yaml")
+    if not pipeline.is_file():
+        return {}
+    entry, values = _read_yaml(pipeline)["stages"][stage], _read_yaml(path)
+    return {key: _value_at(values, key) for key in entry.get("do", entry)["params"]}
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _read_yaml(path: Path) -> Any:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}; expected YAML in UTF-8; save it as that") from error
     except (yaml.YAMLError, ValueError) as error:  # of a date that is none, a ValueError
         raise ValueError(f"{path}: not valid YAML: {error}") from error
-    return parse_config(values, origin=str(path))
 
 
 def parse_config(values: Any, *, origin: str) -> Config:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,6 +129,28 @@ def test_a_stage_runs(folder):
     result = run("prepare")
     assert (result.returncode, result.stderr) == (cli.OK, "")
     assert (folder / "data" / "prepare" / "prepare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("drop: 0.2", "drop: 0.3"), "curation in params.yaml changed while the stage ran, .* run `dvc commit --force curation`"),
+        (("curation:", "decision:"), "curation in params.yaml changed while the stage ran"),
+        (("rank: 32", "rank: 16"), ""),  # nothing that the stage depends on
+    ],
+)
+def test_settings_of_a_stage_stay_while_it_runs(folder, edit, message):
+    """DVC reads them when the stage has ended, and would record the new ones with what the old ones made."""
+    shutil.copy(PROJECT / "dvc.yaml", folder)
+    with (folder / "fake_stages.py").open("a") as stages:
+        stages.write(f"""
+def curation(config, workspace):
+    path = pathlib.Path("params.yaml")
+    path.write_text(path.read_text().replace{edit})
+""")
+    result = run("curation")
+    assert result.returncode == (cli.FAILED if message else cli.OK), result.stderr
+    assert re.match(f"tda curation: {message}" if message else "$", result.stderr), result.stderr
 
 
 def test_a_profile_of_a_stage_lies_beside_its_output(folder):
