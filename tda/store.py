@@ -109,7 +109,7 @@ class GradientTable:
             OSError: too little space is free.
         """
         needed, free = num_rows * self.row_bytes + SPARE_BYTES, shutil.disk_usage(self.store).free
-        if needed > free:
+        if num_rows and needed > free:
             raise OSError(
                 errno.ENOSPC,
                 f"{self.store}: {num_rows} more gradient rows of checkpoint {self.checkpoint} need {needed / 1e9:.2f} GB, "

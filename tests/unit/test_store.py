@@ -263,3 +263,5 @@ def test_too_little_space_is_said_before_writing(tmp_path, monkeypatch):
     ) as raised:
         table.check_space(10**6)
     assert raised.value.errno == 28
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    table.check_space(0)  # all rows are there
