@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from tda import costs
-from tda.calibration import Machine, Sample
+from tda.calibration import Machine
 from tda.config import Config
 from tda.costs import FLOAT, Decoder, Load, load_of
 from tda.data import Documents, batch_plan
@@ -18,6 +18,7 @@ from tda.expected_corpus import Corpus
 from tda.fitted import VALUES_AT_ONCE
 from tda.ggn import queries_at_once
 from tda.gradients import QUERY_VALUES
+from tda.model_sample import Sample
 from tda.retrain import ARMS
 from tda.scoring import ROW_QUERY_VALUES
 from tda.segments import segment_ends

@@ -7,10 +7,11 @@ from typing import Any
 from tda import costs
 from tda.adopt import find_checkpoints, too_few_checkpoints, without_optimizer
 from tda.artifacts import Workspace
-from tda.calibration import Machine, calibrate, given, sample_of
+from tda.calibration import Machine, calibrate, given
 from tda.config import Config
 from tda.estimates import Estimate, Number, estimates, expected_run
 from tda.expected_corpus import expected_corpus
+from tda.model_sample import sample_of
 from tda.parallel import device_of, num_workers
 from tda.text_table import text_table
 

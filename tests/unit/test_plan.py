@@ -13,13 +13,14 @@ from safetensors import safe_open
 
 from tda import costs, stages
 from tda.artifacts import Workspace, read_json, read_table
-from tda.calibration import PASSES, Machine, Sample, Startup, calibrate, given, sample_model, sample_of
+from tda.calibration import PASSES, Machine, Startup, calibrate, given
 from tda.cli import FAILED, OK, USAGE, main
 from tda.config import Config
 from tda.data import load_documents
 from tda.dynamics import load_exposure, load_segments
 from tda.estimates import estimates, expected_run
 from tda.expected_corpus import Corpus, expected_corpus
+from tda.model_sample import Sample, sample_model, sample_of
 from tda.plan import cache_bytes, clock, make_plan, render, size, warnings
 from tests.toy import toy_config, toy_values, write_corpus
 
@@ -399,8 +400,8 @@ def test_a_model_of_another_task_is_refused_in_few_words(done, tmp_path):
 def test_a_large_model_is_sampled_with_fewer_tokens(done, monkeypatch):
     config, _workspace, _before, corpus = done
     _model, whole = sample_model(config, vocabulary=corpus.vocabulary)
-    monkeypatch.setattr("tda.calibration.free_memory", lambda: 1)
-    monkeypatch.setattr("tda.calibration.CUT_VOCABULARY", 50)
+    monkeypatch.setattr("tda.model_sample.free_memory", lambda: 1)
+    monkeypatch.setattr("tda.model_sample.CUT_VOCABULARY", 50)
     sample = sample_of(config, corpus.documents, vocabulary=corpus.vocabulary)
     assert sample.whole == whole
     assert sample.shapes.head == (whole.head[0], 50)
