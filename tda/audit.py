@@ -54,10 +54,10 @@ def audit(
     *,
     date: str,
     scored: pl.DataFrame,
-    counts: dict[str, int] | None = None,
-    quarantine: Sequence[dict] = (),
+    counts: dict[str, int],
+    quarantine: Sequence[dict],
 ) -> AuditResult:
-    """Judge `scored` (doc_id, content_hash, source, score, is_new), and write the audit to a folder named after the date.
+    """Judge `scored` (doc_id, content_hash, source, text, score, is_new), and write the audit to a folder named after the date.
 
     `counts` says what became of the rows of `audit.documents`, and `quarantine` which of them were malformed. A second audit on
     the same date gets the suffix -2. The folder appears whole, then the line of the history; the caller makes sure that two
@@ -82,7 +82,7 @@ def audit(
         "scope": config.audit.scope,
         "num_documents": len(table),
         "num_new": num_new,
-        "new_documents": counts or {},
+        "new_documents": counts,
         "num_harmful": int(_harmful(table).sum()),
         "num_new_harmful": int(_harmful(table.filter("is_new")).sum()),
         "sources": shifts.to_dicts(),
@@ -98,11 +98,11 @@ def audit(
     with whole(workspace.audits / name) as part:
         part.mkdir()
         write_json(part / "audit.json", facts | {"provenance": made})
-        write_table(part / "scores.parquet", table.drop("text", strict=False))
+        write_table(part / "scores.parquet", table.drop("text"))
         if counts:
             lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in quarantine)
             (part / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
-        page = _page(config, workspace, facts, table=table, made=made, history=history)
+        page = _page(config, facts, table=table, made=made, history=history)
         (part / "index.html").write_text(page, encoding="utf-8")
     _write_history(workspace, history)
     return AuditResult(passed=not failed, summary=facts["summary"], checks=checks, report=workspace.audits / name / "index.html")
@@ -289,16 +289,13 @@ def _summary(table: pl.DataFrame, failed: list[Check], before: dict | None) -> s
 # The page
 
 
-def _page(config: Config, workspace: Workspace, facts: dict, *, table: pl.DataFrame, made: dict, history: list[dict]) -> str:
+def _page(config: Config, facts: dict, *, table: pl.DataFrame, made: dict, history: list[dict]) -> str:
     harmful = table.filter(_harmful(table)).sort("score", "doc_id").head(config.report.num_examples)
     means = [source[key] for source in facts["sources"] for key in ("mean", "previous_mean")]
     crossed = [row[key] for row in facts["crossed"] for key in ("score", "previous_score")]
     exponent = power_of_ten([value for value in [*means, *crossed, *harmful["score"]] if value is not None])
-    texts = _texts(workspace, table, harmful["doc_id"])
     cards = [
-        row
-        | document_card(texts.get(row["doc_id"], ""))
-        | {"rank": place, "shown_score": scaled(row["score"], exponent, sign=True)}
+        row | document_card(row["text"]) | {"rank": place, "shown_score": scaled(row["score"], exponent, sign=True)}
         for place, row in enumerate(harmful.to_dicts(), start=1)
     ]
     shares = [(entry["name"], entry["num_harmful"] / entry["num_documents"]) for entry in history]
@@ -316,12 +313,3 @@ def _page(config: Config, workspace: Workspace, facts: dict, *, table: pl.DataFr
         min_shift_documents=MIN_SHIFT_DOCUMENTS,
         limits=config.audit,
     )
-
-
-def _texts(workspace: Workspace, table: pl.DataFrame, doc_ids: pl.Series) -> dict[str, str]:
-    """Texts of the documents: those that came with the scores, else those of the training documents."""
-    if "text" in table.columns:
-        return dict(table.filter(pl.col("doc_id").is_in(doc_ids.implode())).select("doc_id", "text").rows())
-    if not workspace.documents.exists():
-        return {}
-    return dict(pl.read_parquet(workspace.documents, columns=["id", "text"]).filter(pl.col("id").is_in(doc_ids.implode())).rows())

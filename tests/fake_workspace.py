@@ -240,6 +240,7 @@ def _runs(random: np.random.Generator, gain: float, num_documents: int, num_kept
 def scored_documents(fake: Fake, *, shift: float = 0.0, flipped: float = 0.0, num_new: int = 0) -> pl.DataFrame:
     """What scoring for an audit returns: all scores moved by `shift`, a share of them with the other sign."""
     table = pl.read_parquet(fake.workspace.scores).select("doc_id", "content_hash", "source", score="score_source")
+    table = table.join(pl.read_parquet(fake.workspace.documents).select("text", doc_id="id"), on="doc_id", maintain_order="left")
     flip = np.arange(len(table)) < flipped * len(table)
     new = pl.Series(np.arange(len(table)) < num_new)
     return table.with_columns((pl.col("score") + shift) * pl.Series(np.where(flip, -1.0, 1.0))).with_columns(is_new=new)

@@ -104,8 +104,15 @@ def measured(tmp_path: Path, page: str, *, width: int, dark: bool) -> dict:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, str]:
     fake = fake_workspace(tmp_path_factory.mktemp("run"), num_documents=300, texts=HOSTILE)
-    audit(fake.config, fake.workspace, date="2026-01-30", scored=scored_documents(fake))
-    result = audit(fake.config, fake.workspace, date="2026-01-31", scored=scored_documents(fake, flipped=0.3, num_new=9))
+    audit(fake.config, fake.workspace, date="2026-01-30", scored=scored_documents(fake), counts={}, quarantine=[])
+    result = audit(
+        fake.config,
+        fake.workspace,
+        date="2026-01-31",
+        scored=scored_documents(fake, flipped=0.3, num_new=9),
+        counts={},
+        quarantine=[],
+    )
     return {"report": build_report(fake.workspace, fake.config), "audit": result.report.read_text(encoding="utf-8")}
 
 

@@ -14,7 +14,7 @@ def fake(tmp_path):
 
 
 def run(fake: Fake, scored: pl.DataFrame, date: str = "2026-01-30"):
-    return audit(fake.config, fake.workspace, date=date, scored=scored)
+    return audit(fake.config, fake.workspace, date=date, scored=scored, counts={}, quarantine=[])
 
 
 def checks(result) -> dict[str, Check]:
