@@ -1,6 +1,6 @@
 """Influence functions at mean weights, around the point of the run where a retraining would end.
 
-    score(n) = 1/N < (G + (w + 4/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that point
+    score(n) = 1/N < (G + (w + c/(eta_bar K)) P^-1)^-1 q , g_n >         q, G, g_n at the mean of the weights around that point
 
 It differs from EK-FAC influence at the last checkpoint in four ways (EXPERIMENTS.md says what each is worth):
 
@@ -10,8 +10,8 @@ It differs from EK-FAC influence at the last checkpoint in four ways (EXPERIMENT
 - Weights. A single iterate carries the noise of its last batches, which its gradients show in full. The mean over a third of the
   run carries little of it.
 - Curvature. Instead of EK-FAC's blocks, the Gauss-Newton matrix G of all tracked layers, preconditioned by the optimizer's P and
-  damped as SOURCE implies. All queries are solved together by block Krylov, from EK-FAC's answer, with G on a few rows. Each
-  can use the directions of the others, so its scores depend a little on which they are.
+  damped as SOURCE implies, times c (`damping_scale`). All queries are solved together by block Krylov, from EK-FAC's answer,
+  with G on a few rows. Each can use the directions of the others, so its scores depend a little on which they are.
 - Weights that count. Embeddings too, and a head that shares its weight with one. The solver starts from a diagonal there: EK-FAC
   of a vocabulary would be too large.
 """

@@ -7,8 +7,8 @@ were not trained on it, and without approximating the curvature:
 1. The tangent kernel K of rows and queries, exact over all tracked layers, averaged over the run (the path kernel of Domingos
    2020, arXiv 2012.00152) up to where training on half the rows would end (`counterfactual_end`).
 2. Kernel machines, fitted to the training loss on random halves of the rows, each weighted by how often the run drew it.
-   Their ridge is `ridge_scale` times 1/(eta_bar K) plus the weight decay, which is SOURCE's damping for a run on half the
-   data.
+   Their ridge is `ridge_scale` times (2/(eta_bar K) + weight decay), SOURCE's damping for a run on half the data, which
+   takes half the steps.
 3. For every row outside a half, the effect of adding it on the outputs at every query, in closed form (`kernel_machine.py`).
 4. The score is minus that effect times the derivative of the query's cost by its outputs. The derivative is averaged over the
    machines, because a cost with a kink, such as |error|, has a slope in the mean over runs that no single run shows.
