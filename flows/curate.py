@@ -26,7 +26,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import graph
 from flows.settings import override
 from flows.slots import Slots, environments
-from tda.artifacts import Workspace
+from tda.artifacts import Workspace, read_json
 from tda.config import load_config
 from tda.provenance import how_to_reproduce
 
@@ -115,8 +115,8 @@ def _walk(root: Path) -> dict[str, str]:
 
 def publish(workspace: Workspace) -> None:
     """Publish the run's verdict, its metrics and a link to the report as Prefect artifacts."""
-    verdict = json.loads(workspace.verdict.read_text(encoding="utf-8"))
-    metrics = json.loads(workspace.metrics.read_text(encoding="utf-8"))
+    verdict = read_json(workspace.verdict, stage="evaluation")
+    metrics = read_json(workspace.metrics, stage="evaluation")
     create_markdown_artifact(_verdict_text(verdict, workspace), key="verdict", description="Whether to train on the curated data")
     create_table_artifact(
         [{"metric": name, "value": value} for name, value in flatten(metrics)],

@@ -3,7 +3,6 @@
 The sample is read, cleaned and tokenised as `prepare` would, which also shows what that costs.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from tda.artifacts import Workspace
+from tda.artifacts import Workspace, read_json
 from tda.clean import long_enough, without_copies, without_near_copies
 from tda.config import Prepare
 from tda.corpus import GENERAL_SOURCES, TARGET_SOURCES, file_texts, source_files
@@ -104,7 +103,7 @@ def _prepared(workspace: Workspace, work: dict) -> Corpus:
         unseen=load_documents(workspace.targets, half=HALVES[1]),
         heldout=load_documents(workspace.heldout),
         num_bytes=sum(path.stat().st_size for path in paths if path.exists()),
-        vocabulary=json.loads(workspace.preparation.read_text(encoding="utf-8"))["vocabulary"],
+        vocabulary=read_json(workspace.preparation, stage="prepare")["vocabulary"],
         origin=f"{workspace.documents.parent}, as it is now",
         **work,
     )

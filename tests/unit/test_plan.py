@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def test_a_corpus_is_expected_as_it_then_is(done):
     assert before.documents.lengths.mean() == pytest.approx(after.documents.lengths.mean(), rel=0.1)
     assert before.documents.parts.count("general") == pytest.approx(after.documents.parts.count("general"), rel=0.25)
     assert len(before.scored) + len(before.unseen) == config.prepare.num_targets
+
+
+def test_a_prepared_corpus_that_lacks_a_file_says_which_stage_makes_it(done, tmp_path):
+    config, workspace, *_corpora = done
+    there = Workspace(tmp_path)
+    shutil.copytree(workspace.documents.parent, there.documents.parent)
+    there.preparation.unlink()
+    with pytest.raises(FileNotFoundError, match=r"prepare\.json is missing; stage prepare makes it"):
+        expected_corpus(config.prepare, there, model="llama")
 
 
 def test_a_sample_stands_for_a_large_file(tmp_path, monkeypatch):
