@@ -29,7 +29,17 @@ from tda.usage import Usage, in_turn, measured
 from tda.variants import DATAMODEL, RETRAININGS, Variant
 
 NUM_CHECKPOINTS = 6
-TRAINING_CODE = ("bank_training.py", "counterfactual.py", "losses.py", "task.py", "trajectory.py")
+TRAINING_CODE = (  # all that the numbers of a run depend on
+    "bank_data.py",
+    "bank_training.py",
+    "counterfactual.py",
+    "data.py",
+    "losses.py",
+    "means.py",
+    "model_stack.py",
+    "task.py",
+    "trajectory.py",
+)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Small parts of the evaluations: files of runs, what work takes, tables, plots, names of methods."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from flows.deps import imports
+from tda.bank_scores import TRAINING_CODE
 from tda.bank_training import initial_model, train_run
 from tda.builtin_bank import NUM_QUERIES, NUM_ROWS, SOURCES, _tabulated
 from tda.data import Examples
@@ -197,3 +200,9 @@ def test_the_builtin_rows():
     assert tables["flipped"].sum() == NUM_ROWS // 10
     again = _tabulated(texts, np.random.default_rng(1))
     assert all(np.array_equal(tables[name], again[name]) for name in tables)
+
+
+def test_a_run_is_kept_under_the_code_that_its_numbers_depend_on():
+    package, names = Path(__file__).parents[2] / "tda", {Path(name).stem for name in TRAINING_CODE}
+    others = set().union(*(imports(package / name) for name in TRAINING_CODE)) - names
+    assert others == {"artifacts", "model", "packing", "recipe"}  # reading, layers, the pipeline's batches: no numbers of a run
