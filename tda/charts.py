@@ -168,7 +168,7 @@ def training(trajectory: pl.DataFrame, segments: Sequence[dict], checkpoint_step
             upper.x(max(segment["first_step"], 1)),
             upper.x(min(segment["last_step"] + (place < len(segments) - 1), last)),
         )
-        name = f"Segment {segment.get('index', place)}" if end - begin > 70 else str(segment.get("index", place))
+        name = f"Segment {segment['index']}" if end - begin > 70 else str(segment["index"])
         parts.append(
             _rect(
                 begin,

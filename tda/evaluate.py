@@ -41,11 +41,11 @@ def evaluate(
     scores: pl.DataFrame,
     manifest: pl.DataFrame,
     trajectory: pl.DataFrame,
-    truth: pl.DataFrame | None,
+    truth: pl.DataFrame,
     target_sources: Sequence[str],
     rule: Rule,
 ) -> Evaluation:
-    """The evaluation of one decision; `truth` (id, damaged, kind) is None, or marks nothing, when nothing was planted."""
+    """The evaluation of one decision; `truth` (id, damaged, kind) marks nothing when nothing was planted."""
     comparisons = [paired_comparison(runs, *pair, confidence=rule.confidence) for pair in COMPARISONS]
     verdict = decide(comparisons, rule=rule, changed=bool((manifest["weight"] != 1).any()))
     arms = runs.group_by("arm").agg(pl.col(MEASURES).mean()).sort("arm")
@@ -66,7 +66,7 @@ def evaluate(
         "score_histogram": histogram.group_by("low", "high").agg(pl.col("documents", "dropped").sum()).sort("low"),
         "scores_by_source": histogram,
     }
-    if truth is not None and truth["damaged"].any():
+    if truth["damaged"].any():
         found, curve, planted = find_damage(scores, manifest=manifest, truth=truth, target_sources=target_sources)
         metrics["damage"] = found
         plots |= {"recall_curve": curve, "planted": planted}

@@ -169,7 +169,7 @@ def _retraining(workspace: Workspace, verdict: dict) -> dict:
 def _training_curves(workspace: Workspace, training: dict) -> dict:
     trajectory = read_table(workspace.trajectory, stage="train", columns=["step", "loss", "learning_rate"])
     segments = read_json(workspace.segments, stage="segments")["segments"]
-    steps = training.get("checkpoint_steps", [])
+    steps = training["checkpoint_steps"]
     return {"chart": both(lambda width: charts.training(trajectory, segments, steps, width=width)), "segments": segments}
 
 
@@ -225,7 +225,7 @@ def _examples(workspace: Workspace, config: Config, manifest: pl.DataFrame) -> t
 
 def _affected_targets(workspace: Workspace, config: Config, doc_ids: pl.Series) -> dict[str, dict]:
     """By SOURCE, which scores every target: how many of them each document harms, and the two it changes most."""
-    if config.curation.method not in {"source", "averaged_influence"} or not workspace.query_scores.exists():
+    if config.curation.method not in {"source", "averaged_influence"}:
         return {}
     queries = read_json(workspace.scoring, stage="scores")["query_ids"]
     table = read_table(workspace.query_scores, stage="scores").filter(pl.col("doc_id").is_in(doc_ids.implode()))
@@ -305,7 +305,7 @@ def _limits(config: Config, training: dict, verdict: dict) -> list[tuple[str, st
             "Embeddings and normalisation layers are not tracked.",
         ),
     ]
-    if training.get("optimizer") == "adamw":
+    if training["optimizer"] == "adamw":
         limits.append(_adam_limit(config.curvature.adam))
     if config.prepare.damage:
         limits.append((
@@ -316,7 +316,7 @@ def _limits(config: Config, training: dict, verdict: dict) -> list[tuple[str, st
     limits += [
         (
             "The verdict is about this model and this recipe.",
-            f"It rests on {seeds} seeds of a model with {training.get('num_parameters', 0):,} parameters. The t interval assumes "
+            f"It rests on {seeds} seeds of a model with {training['num_parameters']:,} parameters. The t interval assumes "
             "that paired differences are roughly normal; it does not cover the choice of targets or of the split of the data.",
         ),
         (

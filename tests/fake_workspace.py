@@ -85,14 +85,13 @@ def fake_workspace(
     write_json(workspace.curation, count_decisions(manifest))
     runs = _runs(random, gain, num_documents, int(manifest["keep"].sum()))
     write_table(workspace.retraining, runs)
-    damaged = truth if damage else None
     write_evaluation(
         evaluate(
             runs,
             scores=scores,
             manifest=manifest,
             trajectory=trajectory,
-            truth=damaged,
+            truth=truth,
             target_sources=list(SOURCES)[:2],
             rule=config.evaluation,
         ),
@@ -161,6 +160,7 @@ def _train(workspace: Workspace, random: np.random.Generator, documents: pl.Data
         workspace.training,
         {
             "num_parameters": 731_520,
+            "num_trained_parameters": 731_520,
             "num_documents": len(documents),
             "num_tokens": 3 * len(documents),
             "num_steps": STEPS,
