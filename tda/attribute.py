@@ -62,8 +62,8 @@ def attribute(
 def _every_layer_called() -> Iterator[None]:
     """Inside the block, what is compiled runs uncompiled, and torch's encoder layers run layer by layer.
 
-    Code that was compiled before there were hooks does not call them, and neither does the fused form of an encoder layer, whose
-    nested tensors have no examples besides.
+    Code that was compiled before there were hooks does not call them. Neither does the fused form of an encoder layer, in whose
+    nested tensors examples cannot be told apart either.
     """
     compiled = "torch._dynamo" in sys.modules  # where it is not loaded nothing is, and loading it takes a second
     fused = torch.backends.mha.get_fastpath_enabled()

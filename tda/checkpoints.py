@@ -34,9 +34,9 @@ def weights_digest(folder: Path) -> str:
 
 
 def start_facts(model: str) -> dict[str, str]:
-    """What `train.json` says of the weights in the folder `train.model`, on which later stages depend too; of no folder nothing.
+    """What `train.json` says of the weights in the folder `train.model`; empty if that is no folder.
 
-    An adapter's checkpoints are put on them, and retraining starts from them.
+    Later stages depend on them too: an adapter's checkpoints are put on them, and retraining starts from them.
     """
     files = sorted(path for kind in MODEL_FILES for path in Path(model).glob(kind))
     return {"start_digest": _digest(files)} if files else {}

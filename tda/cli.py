@@ -358,7 +358,7 @@ def _text(options: argparse.Namespace) -> str:
             text = options.file.read_text(encoding="utf-8-sig")
         else:
             text = sys.stdin.read() if options.text == "-" else options.text
-        text.encode("utf-8")  # bytes that are none come as halves of surrogate pairs
+        text.encode("utf-8")  # bytes that are not UTF-8 arrive as surrogates
     except UnicodeError as error:
         raise ValueError(f"{origin}: not UTF-8 text: {error}; convert it") from error
     if not text.strip():

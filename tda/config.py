@@ -370,7 +370,7 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}; expected YAML in UTF-8; save it as that") from error
-    except (yaml.YAMLError, ValueError) as error:  # of a date that is none, a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date is a ValueError
         raise ValueError(f"{path}: not valid YAML: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """`tda evaluate mislabelled`: how early rows that are known to be bad are found when the most suspect are inspected first.
 
 Suspicion is either harm to the queries (minus the summed score), or self-influence (Koh and Liang 2017, section 5.4): a wrong
-label can only be learned from its own row, so leaving the row out raises the row's cost much.
+label can only be learned from its own row, so leaving the row out raises its own cost a great deal.
 """
 
 from collections.abc import Sequence

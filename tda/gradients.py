@@ -137,7 +137,7 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
 
     def look(layer: Layer, a: Tensor, Ds: Tensor) -> None:
-        moved = (Ds.abs() > 0).any(dim=-1) & (a.abs() > 0).any(dim=-1)  # what is no number says nothing
+        moved = (Ds.abs() > 0).any(dim=-1) & (a.abs() > 0).any(dim=-1)  # NaN is not above 0: it says nothing
         if len(moved) != len(batch.rows) or moved[alone == 0].any():
             mixed.append(layer.name)
         else:

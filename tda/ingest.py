@@ -59,7 +59,7 @@ class Reading:
     num_ids_made: int = 0
     names: dict[str, None] = field(default_factory=dict)  # of fields that rows have, the first ones, for messages
     absent: set[str] = field(default_factory=set)  # fields that were named and no row has
-    whole: bool = True  # whether there are no more rows
+    whole: bool = True  # whether all rows were read
 
 
 class _Refused(Exception):  # noqa: N818 (not an error of the program: the row is put aside)

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def rows(location: str, *, split: str) -> Iterator[Row]:
-    """All rows at `location`, in order. Raises ValueError if it cannot be read at all."""
+    """All rows at `location`, in order. Raises FileNotFoundError or ValueError if there is nothing that can be read."""
     if location.startswith("hub:"):
         return _hub(location, split=split)
     path = Path(location)

@@ -276,7 +276,7 @@ class Recorder:
 
 
 def _warn_of_weights_moved_otherwise(run: Run, others: Sequence[str]) -> None:
-    """Tell of weights that moved, though they are `others` than the optimizer's, and of its weights that moved at times only."""
+    """Warn of weights that moved without the optimizer (`others`), and of its own that moved in a part of the run only."""
     steps = [0, *(checkpoint.step for checkpoint in run.checkpoints)]
     weights = [run.initial, *(checkpoint.weights for checkpoint in run.checkpoints)]
     stretches = [number for number, (start, end) in enumerate(itertools.pairwise(steps)) if run.learning_rates[start:end].any()]
