@@ -223,7 +223,7 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
     if not path.exists():
         return {}
     saved = _load_optimizer(path)
-    kind = _kind_of(saved, path)
+    settings = _kind_of(saved, path)
     names = parameter_order(model)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(numbers) == len(names) - len(frozen):
@@ -234,20 +234,22 @@ def _copy_optimizer(folder: Path, target: Path, model: nn.Module, *, frozen: lis
             "change between the first checkpoint and the last; expected the optimizer of this model, saved by the Trainer; or "
             "remove the file and set curvature.adam to none"
         )
-    shapes = {name: parameter.shape for name, parameter in trained_parameters(model).items()}
-    tensors: dict[str, Tensor] = {}
-    for number, values in saved["state"].items():
-        name = names[number]
-        for what, value in values.items():
-            if isinstance(value, Tensor):
-                if value.ndim and value.shape != shapes[name]:
-                    raise ValueError(
-                        f"train.run: {path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(shapes[name])}; "
-                        "expected the optimizer of this model, its parameters in the Trainer's order (decayed ones first)"
-                    )
-                tensors[f"{what}.{name}"] = value.contiguous()
+    tensors = {
+        f"{kind}.{names[number]}": value.contiguous()
+        for number, values in saved["state"].items()
+        for kind, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    parameters = trained_parameters(model)
+    for key, value in tensors.items():
+        name = key.partition(".")[2]
+        if value.ndim and value.shape != parameters[name].shape:
+            raise ValueError(
+                f"train.run: {path}: the state of {name} is {tuple(value.shape)}, the parameter {tuple(parameters[name].shape)}; "
+                "expected the optimizer of this model, its parameters in the Trainer's order (decayed ones first)"
+            )
     save_file(tensors, target / "optimizer.safetensors")
-    return kind
+    return settings
 
 
 def _kind_of(saved: dict[str, Any], path: Path) -> dict[str, Any]:
