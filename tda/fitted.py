@@ -154,17 +154,16 @@ class Fitted:
 
     @cached_property
     def _embeddings(self) -> list[Layer]:
-        """The embeddings whose gradients can be told apart by example; others are left out, as those of positions."""
+        """The embeddings with gradients that can be told apart by example; others are left out, as those of positions."""
         model, batch = self.model(-1), self._batch(self._few_rows())
         found = embedding_layers(model, self.settings.layers) if self._with_embeddings else []
         counted = int(self.task.losses(model, batch)[1].argmax()) if found else 0
 
         def can_be_followed(layer: Layer) -> bool:
             try:
-                check_gradients(model, [layer], batch, counted=counted, task=self.task)
+                return layer.name in check_gradients(model, [layer], batch, counted=counted, task=self.task)
             except ValueError:
                 return False
-            return True
 
         return list(filter(can_be_followed, found))
 

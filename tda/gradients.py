@@ -122,8 +122,10 @@ def _over_layers(
     return torch.stack(parts).sum(dim=0)
 
 
-def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, counted: int, task: Task) -> None:
-    """Refuse layers whose inputs and pseudo-gradients do not give the gradient of one example, summed over their uses.
+def check_gradients(
+    model: nn.Module, layers: Sequence[Layer], batch: Batch | TensorBatch, *, counted: int, task: Task
+) -> set[str]:
+    """The names of the layers that have a gradient; refused are those whose inputs and pseudo-gradients do not give it.
 
     Where the example at place `counted` alone counts in the loss, no other has a gradient at any layer: else the model mixes
     examples, or the axes of examples and positions. And its own gradient is autograd's: else the layer is not `W a + b`, or its
@@ -148,7 +150,10 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
         parameters = [part for layer in layers for part in _parameters(layer, modules[layer.name])]
         for parameter in parameters:
             parameter.requires_grad_()
-        gradients = iter(torch.autograd.grad(task.losses(model, batch, weights=alone)[0], parameters, materialize_grads=True))
+        total, _losses = task.losses(model, batch, weights=alone)
+        if not total.requires_grad:
+            return set()
+        gradients = iter(torch.autograd.grad(total, parameters, materialize_grads=True))
     if mixed:
         raise ValueError(
             f"layers: {', '.join(mixed[:4])}: an example whose loss has no weight has a gradient there; expected layers that see "
@@ -167,6 +172,7 @@ def check_gradients(model: nn.Module, layers: Sequence[Layer], batch: Batch | Te
             "weight; expected layers that return W a + b, with weights that are used nowhere else; leave them out by the pattern "
             "of layers (`layers` of `attribute`)"
         )
+    return set(seen)
 
 
 @torch.no_grad()

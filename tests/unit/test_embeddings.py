@@ -135,16 +135,18 @@ def test_which_embeddings_are_followed():
 
 
 def test_embeddings_that_cannot_be_followed_are_left_out():
-    """Positions are looked up once for all examples; a scaled table is no plain one; a table may be used in functions too."""
+    """Positions are looked up once for all examples; a scaled table is no plain one; some are used in functions, or not used."""
 
     class Text(nn.Module):
         def __init__(self, table=nn.Embedding, more=lambda table, h: h):
             super().__init__()
             torch.manual_seed(0)
             self.words, self.places, self.head, self.more = table(7, 5), nn.Embedding(6, 5), nn.Linear(5, 3), more
+            self.unused, self.detached = nn.Embedding(7, 5), nn.Embedding(7, 5)
 
         def forward(self, x):
-            return self.head(self.more(self.words, (self.words(x) + self.places(torch.arange(6))[None]).sum(dim=1).tanh()))
+            looked_up = self.words(x) + self.places(torch.arange(6))[None] + self.detached(x).detach()
+            return self.head(self.more(self.words, looked_up.sum(dim=1).tanh()))
 
     def functional(table, h):
         return h @ table.weight.T @ table.weight
