@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tda.model import Layer, input_of, layer_inputs, layer_outputs, one_hot, plain_head, uses_of
+from tda.model import Layer, input_of, layer_inputs, layer_outputs, modules_by_weight, one_hot, plain_head
 
 Encode = Callable[[Layer, Tensor], Tensor | None]
 Consume = Callable[[Layer, Tensor | None, Tensor], None]
@@ -38,6 +38,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
         raise ValueError("the model is in training mode, where dropout makes every gradient wrong; call model.eval() first")
     plain_head(model)  # probes a model it has not seen: before there are hooks
     modules = dict(model.named_modules())
+    sharing = modules_by_weight(model)
     by_name = {layer.name: layer for layer in layers}
     shape: Sequence[int] = ()  # of the model's input; () where the task calls only parts of the model
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -94,7 +95,7 @@ def captured(model: nn.Module, layers: Sequence[Layer], *, encode: Encode, consu
     handles = [
         module.register_forward_hook(on_layer(layer), with_kwargs=True)
         for layer in layers
-        for module in uses_of(model, modules[layer.name])
+        for module in sharing.get(id(modules[layer.name].weight), [modules[layer.name]])
     ]
     for module in {model, getattr(model, "base_model", model)}:
         handles += [module.register_forward_pre_hook(start, with_kwargs=True), module.register_forward_hook(release)]

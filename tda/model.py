@@ -237,11 +237,14 @@ def embedding_layers(model: nn.Module, pattern: str = EVERY_LAYER) -> list[Layer
     ]
 
 
-def uses_of(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """The layers that share the weight of `module`, itself included."""
-    kinds = (nn.Linear, nn.Embedding)
-    others = [other for other in model.modules() if isinstance(other, kinds) and other.weight is module.weight]
-    return others if isinstance(module, kinds) else [module]
+def modules_by_weight(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Linear layers and embeddings by the id of their weight, which several may share."""
+    held: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")  # not `module.weight`, which may be computed
+        if isinstance(module, (nn.Linear, nn.Embedding)) and weight is not None:
+            held.setdefault(id(weight), []).append(module)
+    return held
 
 
 def one_hot(embedding: nn.Embedding, tokens: Tensor, *, like: Tensor) -> Tensor:
