@@ -1,8 +1,8 @@
-"""Scores for an audit: SOURCE scores of training documents and of new ones, for the scoring half of the targets.
+"""Scores for an audit, for the scoring half of the targets: those of training documents from stage `scores`, and of new ones.
 
-The existing checkpoints are used. New documents get gradient rows in the store's tables, beside those of the training
-documents, and are scored as if they had been seen as often as the average document, for 1/N of every segment's learning rate.
-The pipeline's own manifests and tags stay as they are.
+New documents are scored as if they had been seen as often as the average document, for 1/N of the learning rate, with the
+checkpoints that are there. By SOURCE, they get gradient rows in the store's tables, beside those of the training documents; the
+pipeline's own manifests and tags stay as they are.
 """
 
 import contextlib
@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
+from jaxtyping import Float
 
 from tda.artifacts import Workspace, existing, only_run, read_table
 from tda.clean import long_enough, without_copies
 from tda.config import Config
-from tda.data import as_documents
+from tda.data import Documents, as_documents
 from tda.gradient_log import log_rows
 from tda.ingest import content_hash
 from tda.parallel import num_readers
 from tda.prepare import closes_documents, document_table, read_source
-from tda.scoring import Attribution, RowDot, load_attribution, source_scores, store_dot
+from tda.scoring import load_attribution, mean_gradient, source_scores, store_dot
+from tda.target_influence import influence_of_new
 from tda.tokens import encode_documents, load_tokenizer
 
 PART = "mixed"  # the part of new documents: as training has not seen them, nothing depends on it
@@ -47,10 +48,10 @@ class AuditScores:
 
 
 def audit_scores(config: Config, workspace: Workspace) -> AuditScores:
-    """SOURCE scores of the documents that `audit.scope` names.
+    """Scores of the documents that `audit.scope` names.
 
     Raises:
-        ValueError: the scope is new, and there is no new document.
+        ValueError: the scope is new, and there is no new document; or the scores are those of other documents.
     """
     torch.set_num_threads(1)  # sums on several threads are taken in another order
     trained = read_table(workspace.documents, stage="prepare")
@@ -58,20 +59,44 @@ def audit_scores(config: Config, workspace: Workspace) -> AuditScores:
     new = new_documents(config, workspace, known=[trained, targets])
     if config.audit.scope == "new" and new.table.is_empty():
         raise ValueError(f"audit.scope: new, but {_why_none(config.audit.documents, new.counts)}; or set audit.scope to all")
-    documents = as_documents(trained)
-    queries = as_documents(targets.filter(pl.col("half") == "score"))
+    parts = []
+    if config.audit.scope == "all":
+        parts.append(trained.with_columns(score=_known_scores(config, workspace, trained), is_new=pl.lit(value=False)))
+    if len(new.table):
+        queries = as_documents(targets.filter(pl.col("half") == "score"))
+        scores = _scores_of_new(config, workspace, as_documents(trained), queries, as_documents(new.table))
+        parts.append(new.table.with_columns(score=scores, is_new=pl.lit(value=True)))
+    columns = ["doc_id", "content_hash", "source", "text", "score", "is_new"]
+    return AuditScores(pl.concat([part.rename({"id": "doc_id"}).select(columns) for part in parts]), new.counts, new.quarantine)
+
+
+def _known_scores(config: Config, workspace: Workspace, trained: pl.DataFrame) -> pl.Series:
+    column = "score_averaged_influence" if config.scores.averaged_influence else "score_source"
+    scores = read_table(workspace.scores, stage="scores", columns=["doc_id", "content_hash", column])
+    if not scores.select(id="doc_id", content_hash="content_hash").equals(trained.select("id", "content_hash")):
+        raise ValueError(
+            f"{workspace.scores} has the scores of other documents than {workspace.documents} has; expected the same; run "
+            "`dvc repro scores`"
+        )
+    return scores[column]
+
+
+def _scores_of_new(
+    config: Config, workspace: Workspace, documents: Documents, queries: Documents, new: Documents
+) -> Float[np.ndarray, " new"]:
+    """By averaged influence if it is on, from full gradients; otherwise by SOURCE, from rows that are added to the store."""
+    if config.scores.averaged_influence:
+        return influence_of_new(config, workspace, documents, queries, new=new)
     attribution = load_attribution(config, workspace, documents)
-    audited = trained if config.audit.scope == "all" else trained.head(0)
+    query = mean_gradient(config, workspace, attribution, queries)
     with contextlib.ExitStack() as held:
-        for checkpoint in attribution.manifests if len(new.table) else ():
+        for checkpoint in attribution.manifests:
             # Nobody else may write to the tables now, nor take away what was written.
             held.enter_context(only_run(workspace.work / f"gradients-{checkpoint}.lock"))
-        attribution, dot = _with_new(config, workspace, attribution, audited=audited, new=new.table)
-        score = source_scores(config, workspace, attribution, queries, dot)
-    both = pl.concat([audited.select(new.table.columns), new.table])
-    is_new = np.arange(len(both)) >= len(audited)
-    table = both.select("content_hash", "source", "text", doc_id="id").with_columns(score=score, is_new=is_new)
-    return AuditScores(table, new.counts, new.quarantine)
+        manifests = {number: log_rows(config, workspace, new, checkpoint=number) for number in attribution.manifests}
+        exposure = np.full((len(new), len(attribution.segments)), 1 / len(documents))
+        appended = replace(attribution, manifests=manifests, documents=new, exposure=exposure)
+        return source_scores(appended, query, store_dot(config, workspace, appended, new.ids))
 
 
 def _why_none(location: str, counts: dict[str, int]) -> str:
@@ -113,23 +138,3 @@ def new_documents(config: Config, workspace: Workspace, *, known: list[pl.DataFr
         "new": len(table),
     }
     return NewDocuments(table, counts, reading.quarantine)
-
-
-def _with_new(
-    config: Config, workspace: Workspace, attribution: Attribution, *, audited: pl.DataFrame, new: pl.DataFrame
-) -> tuple[Attribution, RowDot]:
-    """The attribution for the audited training documents, then the new ones; and dot products with the rows of both."""
-    num_trained, num_segments = attribution.exposure.shape
-    exposure = np.concatenate([attribution.exposure[: len(audited)], np.full((len(new), num_segments), 1 / num_trained)])
-    trained_dot = store_dot(config, workspace, attribution, audited["id"].to_list())
-    if new.is_empty():
-        return replace(attribution, exposure=exposure), trained_dot
-    appended = as_documents(new)
-    manifests = {number: log_rows(config, workspace, appended, checkpoint=number) for number in attribution.manifests}
-    new_dot = store_dot(config, workspace, replace(attribution, manifests=manifests), appended.ids)
-
-    def dot(checkpoint: int, queries: Tensor) -> np.ndarray:
-        rows = [trained_dot(checkpoint, queries)] if len(audited) else []
-        return np.concatenate([*rows, new_dot(checkpoint, queries)])
-
-    return replace(attribution, exposure=exposure), dot

@@ -23,8 +23,10 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from tda.factors import SegmentFactors
 from tda.fitted import Fitted
 from tda.iterative import block_krylov
+from tda.scores import received_per_checkpoint
 from tda.solve import DampedCurvature, respond
 from tda.source import Gradients
 from tda.trajectory import at_mean
@@ -40,11 +42,15 @@ def averaged_influence_scores(fitted: Fitted) -> np.ndarray:
     return row_scores(place, averaged_response(place, place.query_gradients))
 
 
-def at_mean_of(fitted: Fitted, checkpoints: Sequence[int]) -> Fitted:
-    """The run as one segment, at its mean weights over the stretches of training that end at these checkpoints (indices)."""
+def at_mean_of(fitted: Fitted, checkpoints: Sequence[int], *, factors: Sequence[SegmentFactors] = ()) -> Fitted:
+    """The run as one segment, at its mean weights over the stretches of training that end at these checkpoints (indices).
+
+    The solver starts from `factors`, if they are given, and otherwise from EK-FAC there.
+    """
     num_rows = math.ceil(fitted.settings.solver_terms / fitted.train.num_loss_tokens.mean())
     settings = replace(fitted.settings, num_segments=1, solver_examples=num_rows)
-    return Fitted(at_mean(fitted.run, checkpoints), fitted.task, fitted.train, fitted.queries, settings, embeddings=True)
+    run = at_mean(fitted.run, checkpoints)
+    return Fitted(run, fitted.task, fitted.train, fitted.queries, settings, embeddings=True, factors=factors)
 
 
 def averaged_response(place: Fitted, query: Gradients) -> Gradients:
@@ -71,8 +77,7 @@ def averaged_response(place: Fitted, query: Gradients) -> Gradients:
 def row_scores(place: Fitted, response: Gradients) -> np.ndarray:
     """(query, row) scores from responses to the queries."""
     (segment,) = place.segments
-    received = place.exposure / segment.tokens_per_document
-    return (received * place.dot(0, response)).T
+    return received_per_checkpoint(segment, place.exposure) * place.dot(0, response).T
 
 
 def around(steps: Sequence[int], end: float) -> list[int]:

@@ -27,14 +27,13 @@ from tda.config import Config
 from tda.costs import Decoder, load_of
 from tda.data import batch_plan
 from tda.ekfac import corrected_eigenvalues, covariances, eigenbasis
-from tda.fitted import VALUES_AT_ONCE
-from tda.ggn import gauss_newton_product, queries_at_once
+from tda.ggn import gauss_newton_product
 from tda.gradients import gradient_dots, gradient_rows, query_gradients
 from tda.model import EVERY_LAYER, load_model
 from tda.model_sample import SECONDS, Sample, matrix_rate, processor_seconds
 from tda.parallel import parallel_map
 from tda.projection import random_projections
-from tda.target_influence import MOST_GROUPS, SOLVER_BATCH_TOKENS
+from tda.target_influence import BATCH_TOKENS
 from tda.task import CausalLM
 from tda.train import Step, make_optimizer, mean_loss, save_checkpoint, train
 from tda.usage import free_memory, measured
@@ -199,7 +198,7 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
     lengths, predictions = documents.lengths, documents.num_loss_tokens
     plan = batch_plan(lengths, batch_tokens=sample.batch_tokens)
     plan = [plan[place] for place in sorted({len(plan) // 4, 3 * len(plan) // 4})]  # long documents, and short ones
-    solver = batch_plan(lengths, batch_tokens=min(sample.batch_tokens, SOLVER_BATCH_TOKENS))
+    solver = batch_plan(lengths, batch_tokens=min(sample.batch_tokens, BATCH_TOKENS))
     solver = [solver[len(solver) // 3]]
     size = max(1, min(config.train.batch_size, sample.batch_tokens // int(lengths.max()) or 1))
     taken = [replace(step, rows=step.rows[:size]) for step in steps[:: max(1, len(steps) // MOST_STEPS)]]
@@ -211,9 +210,8 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
     batches = [documents.batch(rows) for rows in plan]
     basis = eigenbasis(covariances(model, layers, batches[:1], task=task, generator=generator), layers)
     query = {name: G[:1] for name, G in query_gradients(model, followed, batches[-1:], task=task)[0].items()}
-    vectors = min(MOST_GROUPS, queries_at_once(layers, positions=SOLVER_BATCH_TOKENS, values=VALUES_AT_ONCE))
     product = gauss_newton_product(model, followed, [documents.batch(rows) for rows in solver], task=task, weight=1.0)
-    v = torch.randn(vectors, whole.gradient)
+    v = torch.randn(1, whole.gradient)
     few = documents.select(np.concatenate(plan))
 
     def load(rows: Sequence[Sequence[int]]) -> costs.Load:
@@ -239,7 +237,7 @@ def _actions(config: Config, sample: Sample, steps: Sequence[Step]) -> dict[str,
             lambda: [gradient_dots(model, followed, batch, task=task, queries=query) for batch in batches],
             costs.dot_pass(whole, load(plan), queries=1),
         ),
-        "product": (lambda: product(v), costs.product_pass(whole, load(solver), vectors=vectors)),
+        "product": (lambda: product(v), costs.product_pass(whole, load(solver), vectors=1)),
         "forward": (
             lambda: mean_loss(model, few, batch_tokens=sample.batch_tokens),
             costs.forward(shapes, load(plan)),

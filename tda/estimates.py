@@ -15,18 +15,16 @@ from tda.config import Config
 from tda.costs import FLOAT, Decoder, Load, load_of
 from tda.data import Documents, batch_plan
 from tda.expected_corpus import Corpus
-from tda.fitted import VALUES_AT_ONCE
-from tda.ggn import queries_at_once
 from tda.gradients import QUERY_VALUES
 from tda.model_sample import Sample
 from tda.retrain import ARMS
 from tda.scoring import ROW_QUERY_VALUES
 from tda.segments import segment_ends
 from tda.store import BLOCK_BYTES, CHUNK_BYTES
-from tda.target_influence import ROUNDS, SOLVER_BATCH_TOKENS, SOLVER_TOKENS, groups_for
+from tda.target_influence import BATCH_TOKENS, DECISION
 from tda.train import Step, checkpoint_steps, schedule, stage_ends, stage_lengths
 
-SOLVER_VECTORS = 7  # that an iteration of the solver holds for every group of queries
+SOLVER_VECTORS = 7  # like a gradient, that the solver holds
 QUERY_COPIES = 4  # that scoring holds of a block of query gradients: the gradients, and what is computed from them
 LOGIT_TANGENTS = 12  # of the logits' size, in a Gauss-Newton product: of softmax, loss and slopes, forward and back
 FIRST_USE = 48 << 20  # bytes that libraries take when they are first used, beside what loading them takes: measured
@@ -403,30 +401,26 @@ def _averaged_influence(case: _Case) -> tuple[dict[str, float], Number]:
     """What averaged influence adds to scoring, beside a second pass over the queries: processor seconds by kind, and bytes."""
     model, documents, num = case.model, case.documents, len(case.documents)
     whole = costs.with_embedding(model, case.config.curvature.layers)
-    solver_tokens = min(case.config.gradients.batch_tokens, SOLVER_BATCH_TOKENS)
-    examples = min(num, case.config.curvature.num_documents or num)
+    solver_tokens = min(case.config.gradients.batch_tokens, BATCH_TOKENS)
     random = np.random.default_rng(0)
-    fitted = case.load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
-    solver_rows = min(num, math.ceil(SOLVER_TOKENS / documents.num_loss_tokens.mean()))
+    solver_rows = min(num, math.ceil(DECISION.tokens / documents.num_loss_tokens.mean()))
     solved = case.load(documents.select(random.choice(num, solver_rows, replace=False)), solver_tokens)
-    groups = groups_for(len(case.corpus.scored), gradient=whole.gradient)
-    positions = max(solver_tokens, int(documents.lengths.max()))
-    vectors = min(groups, queries_at_once(list(model.tracked), positions=positions, values=VALUES_AT_ONCE))
-    solving = ROUNDS * math.ceil(groups / vectors) * costs.product_pass(whole, solved, vectors=vectors)
-    krylov = sum(2 * whole.gradient * (groups * (k + 1)) * groups * (k + 4) for k in range(ROUNDS))
-    krylov += ROUNDS * costs.applications(model, queries=groups)
     work = {
-        "curvature": case.seconds("covariances", costs.covariance_pass(model, fitted))
-        + case.seconds("eigenvalues", costs.eigenvalue_pass(model, fitted))
-        + case.seconds("eigh", costs.eigenbases(model))
-        + case.seconds("eigenvalues", costs.embedding_pass(whole, solved)),
-        "solve": case.seconds("product", solving) + case.seconds("algebra", krylov),
+        "curvature": case.seconds("eigenvalues", costs.embedding_pass(whole, solved)),
+        "solve": case.seconds("product", DECISION.rounds * costs.product_pass(whole, solved, vectors=1))
+        + case.seconds("algebra", DECISION.rounds * costs.applications(model, queries=1)),
         "all documents": case.seconds("dots", costs.dot_pass(whole, case.load(documents, solver_tokens), queries=1)),
     }
-    directions = 2 * ROUNDS if groups > 1 else 0  # block Krylov keeps them and the products with them
-    searched = (directions + SOLVER_VECTORS) * groups * whole.gradient
+    if case.projected:  # there are no factors in full space to start from
+        examples = min(num, case.config.curvature.num_documents or num)
+        fitted = case.load(documents.select(random.choice(num, examples, replace=False)), solver_tokens)
+        work["curvature"] += (
+            case.seconds("covariances", costs.covariance_pass(model, fitted))
+            + case.seconds("eigenvalues", costs.eigenvalue_pass(model, fitted))
+            + case.seconds("eigh", costs.eigenbases(model))
+        )
     widest = max(LOGIT_TANGENTS * model.head[1], 4 * max(max(layer.d_in, layer.d_out) for layer in model.tracked))
-    return work, (searched + vectors * solver_tokens * widest) * FLOAT
+    return work, (SOLVER_VECTORS * whole.gradient + solver_tokens * widest) * FLOAT
 
 
 def _curation(case: _Case) -> Estimate:

@@ -6,7 +6,7 @@ when they are needed instead of read from a store. Everything runs on the device
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -99,6 +99,7 @@ class Fitted:
     """A run, its task, its training data and queries, and what methods compute from them.
 
     With `embeddings`, their matrices count among the layers, as far as they can be followed; of these, curvature is diagonal.
+    `factors` are the EK-FAC factors of every segment, in full space, if they are there already.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class Fitted:
         *,
         retrain: Retrain | None = None,
         embeddings: bool = False,
+        factors: Sequence[SegmentFactors] = (),
     ):
-        self._retrain, self._with_embeddings = retrain, embeddings
+        self._retrain, self._with_embeddings, self._given = retrain, embeddings, factors
         self.run, self.task, self.settings = run.at_least_float32(), task, settings
         self.device = next(self.run.model.parameters()).device
         self.train, self.queries = (
@@ -226,36 +228,36 @@ class Fitted:
         """Full gradients of the queries' mean cost per term at the last checkpoint."""
         return self.query_gradients_at(-1)
 
-    def query_gradients_at(self, checkpoint: int) -> Gradients:
-        """Full gradients of the queries' mean cost per term at a checkpoint, in the queries' order."""
-        plan = batch_plan(self.queries.lengths, batch_tokens=self.batch_size)
-        held, order = query_gradients(
-            self.model(checkpoint), self.layers, (self.queries.batch(rows).to(self.device) for rows in plan), task=self.task
-        )
+    def query_gradients_at(self, checkpoint: int, queries: Data | None = None) -> Gradients:
+        """Full gradients of the mean cost per term of the queries, or of these, at a checkpoint, in the queries' order."""
+        queries = self.queries if queries is None else queries
+        batches = (queries.batch(rows).to(self.device) for rows in batch_plan(queries.lengths, batch_tokens=self.batch_size))
+        held, order = query_gradients(self.model(checkpoint), self.layers, batches, task=self.task)
         place = torch.from_numpy(np.argsort(order)).to(self.device)
         finite = torch.stack([G.flatten(1).isfinite().all(dim=1) for G in held.values()]).all(dim=0)[place]
         if not finite.all():
-            bad = [self.queries.ids[query] for query in np.flatnonzero(~finite.cpu().numpy())[:5]]
+            bad = [queries.ids[query] for query in np.flatnonzero(~finite.cpu().numpy())[:5]]
             raise ValueError(
                 f"attribute: the gradients of {int((~finite).sum())} of {len(finite)} queries are not finite, such as "
                 f"{', '.join(bad)}; expected finite inputs and costs; leave them out, or look for a diverged run"
             )
         return {name: G[place] for name, G in held.items()}
 
-    def batches(self) -> Iterator:
-        """The training data in batches of similar length."""
-        for rows in batch_plan(self.train.lengths, batch_tokens=self.batch_size):
-            yield self._batch(rows)
+    def batches(self, data: Data | None = None) -> Iterator:
+        """The training data, or `data`, in batches of similar length."""
+        data = self.train if data is None else data
+        for rows in batch_plan(data.lengths, batch_tokens=self.batch_size):
+            yield data.batch(rows).to(self.device)
 
     def _batches_of(self, rows: np.ndarray) -> list[Batch | TensorBatch]:
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
         return [self._batch(rows[chosen].tolist()) for chosen in plan]
 
-    def dot(self, checkpoint: int, queries: Gradients) -> np.ndarray:
-        """(row, query) dot products of `queries` with the gradients of every training row's summed loss at a checkpoint."""
+    def dot(self, checkpoint: int, queries: Gradients, data: Data | None = None) -> np.ndarray:
+        """(row, query) dot products of `queries` with the gradients of the summed losses of all training rows, or of `data`."""
         model = self.model(checkpoint)
-        dots = np.zeros((len(self.train), len(next(iter(queries.values())))))
-        for batch in self.batches():
+        dots = np.zeros((len(self.train if data is None else data), len(next(iter(queries.values())))))
+        for batch in self.batches(data):
             dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().cpu().numpy()
         return dots
 
@@ -269,8 +271,13 @@ class Fitted:
 
     @cached_property
     def factors(self) -> list[SegmentFactors]:
-        """EK-FAC of every segment."""
-        return [self.segment_factors(segment, segment.checkpoints) for segment in self.segments]
+        """EK-FAC of every segment, with the preconditioner at its checkpoints."""
+        if not self._given:
+            return [self.segment_factors(segment, segment.checkpoints) for segment in self.segments]
+        return [
+            replace(held, P=self.preconditioner(segment.checkpoints))
+            for segment, held in zip(self.segments, self._given, strict=True)
+        ]
 
     def segment_factors(self, segment: Segment, checkpoints: list[int]) -> SegmentFactors:
         """EK-FAC averaged over `checkpoints`, on rows that the segment trained on."""
@@ -282,7 +289,7 @@ class Fitted:
             task=self.task,
             pattern=self.settings.layers,
             weight=1 / segment.tokens_per_document,
-            P={} if self.adam == "none" else self.preconditioner(checkpoints),
+            P=self.preconditioner(checkpoints),
             adam=self.adam,
             projections=None,
             batch_tokens=self.batch_size,
@@ -342,7 +349,9 @@ class Fitted:
         return gauss_newton_product(model, self.layers, batches, task=self.task, weight=1 / segment.tokens_per_document)
 
     def preconditioner(self, checkpoints: list[int]) -> dict[str, Tensor]:
-        """AdamW's P by layer, (d_out, d_in), averaged over checkpoints."""
+        """AdamW's P by layer, (d_out, d_in), averaged over checkpoints; empty if it does not enter the curvature."""
+        if self.adam == "none":
+            return {}
         each = [self.second_moments(index) for index in checkpoints]
         epsilon = self.run.optimizer.epsilon
         return {

@@ -77,6 +77,18 @@ def query_gradients(
     return {name: torch.cat(held) for name, held in gradients.items()}, order
 
 
+def weighted_sum(
+    blocks: Iterable[tuple[dict[str, Float[Tensor, "query d_out d_in"]], Sequence[int]]], weights: Float[Tensor, " query"]
+) -> dict[str, Float[Tensor, "1 d_out d_in"]]:
+    """The sum of the queries' gradients, each times its weight. A block has gradients and the queries' numbers."""
+    sums: dict[str, Tensor] = {}
+    for block, rows in blocks:
+        for name, G in block.items():
+            share = torch.tensordot(weights[list(rows)].to(G), G, dims=1)[None]
+            sums[name] = sums[name] + share if name in sums else share
+    return sums
+
+
 def gradient_dots(
     model: nn.Module,
     layers: Sequence[Layer],

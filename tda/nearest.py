@@ -6,7 +6,7 @@ probabilities of the others, whose sum is the expected number of misses, are sma
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -61,9 +61,14 @@ def extremes(
         if not any(map(len, needed)):
             break
         compute(np.arange(n) if num_computed + sum(map(len, needed)) > MOST * n else np.concatenate(needed))
-    highest, lowest = (_best(sign * known, top) for sign in (1.0, -1.0))
     missed = max(float(probabilities.sum()) for _rows, probabilities in left)
-    return Extremes(highest, known[highest], lowest, known[lowest], num_computed, missed)
+    return replace(extremes_of(known, top=top), num_computed=num_computed, expected_misses=missed)
+
+
+def extremes_of(scores: Float[np.ndarray, " n"], *, top: int) -> Extremes:
+    """The `top` highest and lowest of the scores that are not NaN."""
+    highest, lowest = _best(scores, top), _best(-scores, top)
+    return Extremes(highest, scores[highest], lowest, scores[lowest], len(scores), 0.0)
 
 
 def _likely(approximate: np.ndarray, widths: np.ndarray, known: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:

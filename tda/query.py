@@ -1,4 +1,4 @@
-"""`tda query`: which documents most helped and most hurt the model on a text, answered from the stored gradient rows."""
+"""`tda query`: which documents most helped and most hurt the model on a text."""
 
 import textwrap
 
@@ -11,10 +11,10 @@ from tda.data import Documents, as_documents, load_documents
 from tda.excerpts import excerpt_in_a_line
 from tda.ingest import Document
 from tda.prepare import document_table
-from tda.scoring import load_attribution, rows_bytes, source_extremes, source_scores, store_dot
+from tda.scoring import load_attribution
 from tda.tokens import encode_documents, load_tokenizer
+from tda.top_documents import top_documents
 
-SKETCHED_BYTES = 2**30  # of stored rows from which on sketches are used; scoring fewer rows completely takes no longer
 UNITS = {
     "loss": "rise of the text's mean loss per token (nats)",
     "margin": "fall of the text's mean margin log(p / (1 - p)) per token",
@@ -26,21 +26,15 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
     """The `top` most helpful and most harmful training documents for `text`: rank, score, id, source, excerpt.
 
     A score is the predicted rise of the text's mean loss per token (nats) had the document been left out, or the fall of
-    another measurement. A text that is longer than the context is split, and counts as a whole. Scores are exact, but in a
-    large store the documents are found by sketches of their rows (`scoring.source_extremes`), which may miss one in a hundred.
+    another measurement. A text that is longer than the context is split, and counts as a whole. Scores are exact, but the
+    documents are found by their stored rows, and in a large store by sketches of these (`top_documents.py`), which may miss some.
     A text that is empty, or has too few tokens to predict any, is a ValueError.
     """
     torch.set_num_threads(1)
     documents = load_documents(workspace.documents)
     query = _as_documents(text, config=config, workspace=workspace)
     attribution = load_attribution(config, workspace, documents)
-    if rows_bytes(attribution) >= SKETCHED_BYTES:
-        found = source_extremes(config, workspace, attribution, query, top=top)
-        helped, hurt = (found.highest, found.highest_values), (found.lowest, found.lowest_values)
-    else:
-        values = source_scores(config, workspace, attribution, query, store_dot(config, workspace, attribution, documents.ids))
-        order = np.argsort(-values, kind="stable")
-        helped, hurt = ((rows, values[rows]) for rows in (order[:top], order[::-1][:top]))
+    found = top_documents(config, workspace, attribution, query, top=top)
     texts = read_table(workspace.documents, stage="prepare", columns=["text"])["text"]
 
     def told(rows: np.ndarray, values: np.ndarray) -> list[dict]:
@@ -60,8 +54,8 @@ def answer(text: str, *, config: Config, workspace: Workspace, top: int = 10) ->
         "num_tokens": int(query.num_loss_tokens.sum()),
         "num_documents": len(documents),
         "unit": f"predicted {UNITS[config.scores.measurement]} had the document been left out of training",
-        "helped": told(*helped),
-        "hurt": told(*hurt),
+        "helped": told(found.highest, found.highest_values),
+        "hurt": told(found.lowest, found.lowest_values),
     }
 
 

@@ -26,19 +26,17 @@ from tda.dynamics import curvature_rows, load_draw_shares, load_dynamics, load_e
 from tda.factors import SegmentFactors, load_factors, save_factors
 from tda.ggn import pack
 from tda.gradient_log import row_identity, segment_projections
-from tda.gradients import QUERY_VALUES, project_queries, query_gradients
+from tda.gradients import QUERY_VALUES, project_queries, query_gradients, weighted_sum
 from tda.influence import precondition
-from tda.nearest import Extremes, extremes
 from tda.parallel import device_of
 from tda.projection import Projection, project
 from tda.row_curvature import row_curvature
-from tda.row_products import dot_scores, dot_scores_at
+from tda.row_products import dot_scores
 from tda.scores import Scores, cosines, received_per_checkpoint
 from tda.segments import Segment
-from tda.sketch import open_sketch
 from tda.source import Gradients, SegmentDynamics, walk_back
 from tda.store import open_sealed
-from tda.stored_rows import canonical, stored_bytes
+from tda.stored_rows import canonical
 from tda.target_influence import target_influence
 from tda.task import CausalLM
 
@@ -255,51 +253,15 @@ def row_queries(config: Config, workspace: Workspace, attribution: Attribution, 
         yield RowQueries.joined(waiting)
 
 
-def source_scores(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, dot: RowDot) -> np.ndarray:
-    """One SOURCE score per document, for the measurement's mean over all predicted tokens of `queries`."""
-    query = _mean_gradient(config, workspace, attribution, queries)
-    return sum(received * dot(checkpoint, u)[:, 0] for checkpoint, received, u in attribution.by_checkpoint(query))
-
-
-def source_extremes(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents, *, top: int) -> Extremes:
-    """The documents with the highest and the lowest `source_scores`: found by sketches of the rows, then scored exactly.
-
-    A missing sketch is made, which takes one pass over the rows of its checkpoint.
-    """
-    documents = attribution.documents.ids
-    query = _mean_gradient(config, workspace, attribution, queries)
-    parts = []
-    approximate, squares = np.zeros(len(documents)), np.zeros(len(documents))
-    for checkpoint, received, response in attribution.by_checkpoint(query):
-        u = response.float().cpu().numpy()
-        table = open_sealed(workspace.store, attribution.manifests[checkpoint])
-        sketch = open_sketch(table, attribution.manifests[checkpoint], documents)
-        approximate += received * sketch.scores(u[0])
-        squares += (received * np.linalg.norm(u) * sketch.norms.numpy()) ** 2
-        parts.append((received, table, sketch.places.numpy(), u))
-
-    def exact(rows: np.ndarray) -> np.ndarray:
-        asked = [documents[row] for row in rows.tolist()]
-        dots = (received[rows] * dot_scores_at(table, places[rows], asked, u)[:, 0] for received, table, places, u in parts)
-        return sum(dots, start=np.zeros(len(rows)))
-
-    return extremes(approximate, np.sqrt(squares), exact, top=top)
-
-
-def _mean_gradient(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Gradients:
+def mean_gradient(config: Config, workspace: Workspace, attribution: Attribution, queries: Documents) -> Gradients:
     """The gradient of the measurement's mean over all predicted tokens of `queries`: one query, since scores are linear in it."""
     weights = torch.from_numpy(queries.num_loss_tokens / queries.num_loss_tokens.sum())
-    sums: Gradients = {}
-    for block, rows in query_blocks(config, workspace, attribution, queries):
-        for name, gradient in block.items():
-            share = torch.tensordot(weights[rows].to(gradient), gradient, dims=1)[None]
-            sums[name] = sums[name] + share if name in sums else share
-    return sums
+    return weighted_sum(query_blocks(config, workspace, attribution, queries), weights)
 
 
-def rows_bytes(attribution: Attribution) -> int:
-    """Bytes of all stored vectors, which scoring every document reads."""
-    return sum(held["rows"] * stored_bytes(held["dim"], held["dtype"]) for held in attribution.manifests.values())
+def source_scores(attribution: Attribution, query: Gradients, dot: RowDot) -> np.ndarray:
+    """(document,) SOURCE scores for one query."""
+    return sum(received * dot(checkpoint, u)[:, 0] for checkpoint, received, u in attribution.by_checkpoint(query))
 
 
 def score_documents(config: Config, workspace: Workspace) -> Scored:

@@ -1,91 +1,89 @@
-"""`averaged_influence` of every document on the whole target set, from the artifacts of the pipeline.
+"""Averaged influence from the pipeline's artifacts: for the target set, for a text, and of documents that training has not seen.
 
-The stage needs only the mean over all targets, so a few groups of targets are solved for instead of every target, and their
-responses are summed. (One group would do, but block Krylov lets each group use the directions of the others.) Documents'
-gradients are taken in full, in a pass of their own, because the projection of the stored rows keeps little of this response.
+Only the mean over all targets is needed, so one system is solved, for their mean gradient. The solver starts from the factors of
+the last segment. Documents' gradients are taken in full, in a pass of their own, because the projection of the stored rows keeps
+little of this response.
 """
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tda.artifacts import Workspace, read_json
-from tda.averaged_influence import BLOCK_VALUES, around, at_mean_of, averaged_response, row_scores
+from tda.averaged_influence import around, at_mean_of, averaged_response, row_scores
 from tda.config import Config
 from tda.data import Documents
+from tda.dynamics import load_segments
+from tda.factors import load_factors
 from tda.fitted import Fitted, Settings
-from tda.gradients import QUERY_VALUES
+from tda.gradients import QUERY_VALUES, weighted_sum
 from tda.parallel import device_of
 from tda.recorded import load_run
 from tda.source import Gradients
 from tda.task import CausalLM
-from tda.trajectory import Run
 
-MOST_GROUPS, ROUNDS = 12, 6  # groups of targets, and rounds of block Krylov: with so few groups, more rounds cost little
-SOLVER_TOKENS, SOLVER_BATCH_TOKENS = 8192, 1024  # in the Gauss-Newton matrix; its products need smaller batches than gradients
+BATCH_TOKENS = 1024  # products with the Gauss-Newton matrix need smaller batches than gradients
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How exactly a response is solved for."""
+
+    rounds: int  # of conjugate gradients
+    tokens: int  # predicted tokens in the Gauss-Newton matrix
+
+
+DECISION = Effort(rounds=12, tokens=8192)
+ANSWER = Effort(rounds=6, tokens=4096)  # while somebody waits: a quarter of the cost, and nearly the same scores (EXPERIMENTS.md)
 
 
 def target_influence(config: Config, workspace: Workspace, documents: Documents, queries: Documents) -> np.ndarray:
-    """One score per document, for the measurement's mean over all predicted tokens of `queries`.
+    """One score per training document, for the measurement's mean over all predicted tokens of `queries`.
 
-    The counterfactual has as many steps as the run, as the stage `retraining` has. A missing artifact is a FileNotFoundError.
+    A missing artifact is a FileNotFoundError.
     """
+    place = mean_place(config, workspace, documents, queries, DECISION)
+    return row_scores(place, mean_response(place))[0]
+
+
+def influence_of_new(
+    config: Config, workspace: Workspace, documents: Documents, queries: Documents, *, new: Documents
+) -> np.ndarray:
+    """The scores of `new` documents, as if training had seen each as often as the average of its `documents`."""
+    place = mean_place(config, workspace, documents, queries, DECISION)
+    (segment,) = place.segments
+    return place.dot(0, mean_response(place), new)[:, 0] / (len(documents) * segment.tokens_per_document)
+
+
+def mean_place(config: Config, workspace: Workspace, documents: Documents, queries: Documents, effort: Effort) -> Fitted:
+    """The run at its mean weights around the end of a retraining with as many steps, as the stage `retraining` has."""
     settings = Settings.of(
         layers=config.curvature.layers,
         adam=config.curvature.adam,
         curvature_examples=config.curvature.num_documents,
         counterfactual_end=1.0,
-        rounds=ROUNDS,
-        solver_terms=SOLVER_TOKENS,
-        batch_size=min(config.gradients.batch_tokens, SOLVER_BATCH_TOKENS),
+        rounds=effort.rounds,
+        solver_terms=effort.tokens,
+        batch_size=min(config.gradients.batch_tokens, BATCH_TOKENS),
         seed=config.curvature.seed,
     )
     steps = read_json(workspace.training, stage="train")["checkpoint_steps"]
     run = load_run(workspace, needs_moments=config.curvature.adam != "none", only=around(steps, settings.counterfactual_end))
     run = replace(run, model=run.model.to(device_of(config.compute)))  # the methods compute where the model is
+    fitted = Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings)
+    held = load_factors(workspace.curvature(load_segments(workspace)[-1].index))
+    return at_mean_of(fitted, range(len(run.checkpoints)), factors=[] if held.projections else [held])
+
+
+def mean_response(place: Fitted) -> Gradients:
+    """The response (1, d_out, d_in) to the mean over all predicted tokens of the queries. Scores are linear in a query."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "attribute: scores follow")  # stage `curvature` has said so already
-        return _scored(run, config, documents, queries, settings)
-
-
-def _scored(run: Run, config: Config, documents: Documents, queries: Documents, settings: Settings) -> np.ndarray:
-    fitted = Fitted(run, CausalLM(config.scores.measurement), documents, queries, settings)
-    place = at_mean_of(fitted, range(len(run.checkpoints)))
-    groups = grouped_gradients(place, queries.num_loss_tokens / queries.num_loss_tokens.sum())
-    response = {name: G.sum(dim=0, keepdim=True) for name, G in averaged_response(place, groups).items()}
-    return row_scores(place, response)[0]
-
-
-def grouped_gradients(place: Fitted, weights: np.ndarray) -> Gradients:
-    """The sums of `grouped` over all queries, with at most `QUERY_VALUES` values of query gradients in memory at once."""
-    gradient = sum(layer.d_in * layer.d_out for layer in place.layers)
-    size, num_groups = max(1, QUERY_VALUES // gradient), groups_for(len(weights), gradient=gradient)
-    groups: Gradients = {}
-    for start in range(0, len(weights), size):
-        rows = np.arange(start, min(start + size, len(weights)))
-        block = Fitted(place.run, place.task, place.train, place.queries.select(rows), place.settings, embeddings=True)
-        for name, part in grouped(block.query_gradients, weights, rows, num_groups=num_groups).items():
-            groups[name] = groups[name] + part if name in groups else part
-    return groups
-
-
-def groups_for(num_queries: int, *, gradient: int) -> int:
-    """How many groups the queries are divided into, for gradients of `gradient` values: as many as can be solved together.
-
-    More would not help, as groups that are solved apart share no directions. On the default model one group gives nearly the
-    scores of twelve (EXPERIMENTS.md).
-    """
-    return min(MOST_GROUPS, num_queries, max(1, BLOCK_VALUES // gradient))
-
-
-def grouped(query: Gradients, weights: np.ndarray, rows: np.ndarray, *, num_groups: int) -> Gradients:
-    """Sums over groups of weighted query gradients (group, d_out, d_in); query i is in group i modulo `num_groups`.
-
-    `query` has the gradients of the queries numbered `rows`, `weights` (query) is for all queries.
-    """
-    places = torch.from_numpy(rows)
-    shares = torch.zeros(num_groups, len(places))
-    shares[places % num_groups, torch.arange(len(places))] = torch.from_numpy(weights)[places].float()
-    return {name: torch.einsum("gq,qoi->goi", shares.to(G), G) for name, G in query.items()}
+        size = max(1, QUERY_VALUES // sum(layer.d_in * layer.d_out for layer in place.layers))
+    queries, num = place.queries, len(place.queries)
+    parts = (range(start, min(start + size, num)) for start in range(0, num, size))
+    gradients = ((place.query_gradients_at(-1, queries.select(rows)), rows) for rows in parts)
+    weights = torch.from_numpy(queries.num_loss_tokens / queries.num_loss_tokens.sum())
+    return averaged_response(place, weighted_sum(gradients, weights))

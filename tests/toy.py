@@ -15,6 +15,7 @@ SUBJECTS = {
     "garden": ["rose", "oak", "fern", "moss", "pear", "vine"],
     "harbour": ["boat", "rope", "tide", "gull", "mast", "quay"],
 }
+BY_SOURCE = {"scores__averaged_influence": False, "curation__method": "source"}  # for `toy_config`
 VERBS = ["holds", "shades", "meets", "follows", "covers", "finds"]
 
 

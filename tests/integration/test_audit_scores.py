@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 
@@ -15,7 +14,7 @@ from tda.config import Config
 from tda.store import open_sealed
 from tda.tokens import load_tokenizer
 from tda.verify import collect_garbage, verify
-from tests.toy import run_stages, sentences, toy_config, toy_values, write_corpus, write_params
+from tests.toy import BY_SOURCE, run_stages, sentences, toy_config, toy_values, write_corpus, write_params
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
 
@@ -53,27 +52,41 @@ def manifests(workspace: Workspace) -> list[bytes]:
     return [workspace.gradients(number).read_bytes() for number in range(4)]
 
 
-def test_training_documents_have_the_scores_of_the_pipeline(toy):
-    scored = audit_scores(audit_config(toy, None), toy)
-    expected = pl.read_parquet(toy.scores).select("doc_id", "score_source")
-    both = scored.table.join(expected, on="doc_id", validate="1:1")
-    assert len(both) == len(expected)
-    expected_values = both["score_source"].to_numpy()  # of every target; those of an audit are of their mean gradient, in float32
-    np.testing.assert_allclose(both["score"].to_numpy(), expected_values, rtol=1e-4, atol=1e-5 * np.abs(expected_values).max())
+@pytest.mark.parametrize(("changes", "column"), [({}, "score_averaged_influence"), (BY_SOURCE, "score_source")])
+def test_training_documents_have_the_scores_of_the_pipeline(toy, changes, column):
+    scored = audit_scores(audit_config(toy, None, **changes), toy)
+    expected = pl.read_parquet(toy.scores).select("doc_id", score=column)
+    assert scored.table.select("doc_id", "score").equals(expected)
     assert not scored.table["is_new"].any()
     assert scored.counts == {}
 
 
-def test_a_new_document_scores_as_a_training_document_of_average_exposure(toy, monkeypatch):
+def test_scores_of_other_documents_are_refused(toy):
+    scores = pl.read_parquet(toy.scores)
+    for changed in (scores.head(20), scores.with_columns(content_hash=pl.lit("another"))):
+        changed.write_parquet(toy.scores)
+        with pytest.raises(ValueError, match=r"scores of other documents than .*; expected the same; run `dvc repro scores`"):
+            audit_scores(audit_config(toy, None), toy)
+
+
+def test_an_audit_by_averaged_influence_needs_no_store(toy):
+    expected = audit_scores(audit_config(toy, fresh(3)), toy).table
+    shutil.rmtree(toy.store)
+    assert audit_scores(audit_config(toy, fresh(3)), toy).table.equals(expected)
+
+
+def test_by_source_a_new_document_scores_as_a_training_document_of_average_exposure(toy, monkeypatch):
     """Training documents under other ids, given as new ones, score as the originals do where every exposure is 1/N."""
     import tda.audit_scores
 
-    config = audit_config(toy, None)
+    config = audit_config(toy, None, **BY_SOURCE)
     original = audit_scores(config, toy).table
-    exposure = pl.read_parquet(toy.exposure)
+    exposure, scores = pl.read_parquet(toy.exposure), toy.scores.read_bytes()
     exposure.with_columns(pl.exclude("doc_id") * 0 + 1 / len(exposure)).write_parquet(toy.exposure)
-    averaged = dict(audit_scores(config, toy).table.select("doc_id", "score").rows())
+    stages.scores(config, toy)
+    averaged = dict(pl.read_parquet(toy.scores).select("doc_id", "score_source").rows())
     exposure.write_parquet(toy.exposure)
+    toy.scores.write_bytes(scores)
     copies = pl.read_parquet(toy.documents).head(9).with_columns(pl.concat_str(pl.lit("copy of "), "id").alias("id"))
     monkeypatch.setattr(tda.audit_scores, "new_documents", lambda *_, **__: NewDocuments(copies, {}, []))
     scored = audit_scores(config, toy).table
@@ -83,9 +96,10 @@ def test_a_new_document_scores_as_a_training_document_of_average_exposure(toy, m
     assert scored.filter(~pl.col("is_new")).equals(original)
 
 
-def test_an_audit_leaves_the_pipeline_as_it_was(toy):
+@pytest.mark.parametrize("changes", [{}, BY_SOURCE])
+def test_an_audit_leaves_the_pipeline_as_it_was(toy, changes):
     before, tags = manifests(toy), [json.loads(text)["tag"] for text in manifests(toy)]
-    config = audit_config(toy, fresh(5))
+    config = audit_config(toy, fresh(5), **changes)
     result = stages.audit(config, toy, date="2026-01-30")
     assert result.report.exists()
     assert manifests(toy) == before
@@ -101,10 +115,10 @@ def test_an_audit_leaves_the_pipeline_as_it_was(toy):
     assert "text" not in scores.columns
 
 
-def test_rows_of_new_documents_are_computed_once_and_survive_garbage_collection(toy, monkeypatch):
+def test_by_source_rows_of_new_documents_are_computed_once_and_survive_garbage_collection(toy, monkeypatch):
     import tda.gradient_log
 
-    config = audit_config(toy, fresh(5))
+    config = audit_config(toy, fresh(5), **BY_SOURCE)
     first = audit_scores(config, toy).table
     assert any("removed run-" in line for line in collect_garbage(toy))
     assert verify(toy) == []
@@ -182,8 +196,8 @@ def test_new_documents_that_are_not_there(toy):
         audit_scores(config, toy)
 
 
-def test_an_audit_and_the_gradients_stage_do_not_write_at_once(toy):
-    config = audit_config(toy, fresh(2))
+def test_an_audit_by_source_and_the_gradients_stage_do_not_write_at_once(toy):
+    config = audit_config(toy, fresh(2), **BY_SOURCE)
     with only_run(toy.work / "gradients-2.lock"), pytest.raises(RuntimeError, match=r"gradients-2\.lock: process \d+ is doing"):
         audit_scores(config, toy)
 
@@ -191,7 +205,7 @@ def test_an_audit_and_the_gradients_stage_do_not_write_at_once(toy):
 def test_a_store_made_with_other_weights_is_refused(toy):
     toy.checkpoint(1).joinpath("mean.safetensors").write_bytes(toy.checkpoint(0).joinpath("mean.safetensors").read_bytes())
     with pytest.raises(ValueError, match="rows made with other weights"):
-        audit_scores(audit_config(toy, fresh(2)), toy)
+        audit_scores(audit_config(toy, fresh(2), **BY_SOURCE), toy)
 
 
 def test_the_command_says_by_its_exit_code_whether_a_limit_was_passed(toy, capsys, monkeypatch):
@@ -211,7 +225,7 @@ def test_the_command_says_by_its_exit_code_whether_a_limit_was_passed(toy, capsy
 
 def test_the_tag_of_the_pipeline_still_opens_after_many_audits(toy):
     for count in (2, 4, 3):
-        audit_scores(audit_config(toy, fresh(count)), toy)
+        audit_scores(audit_config(toy, fresh(count), **BY_SOURCE), toy)
     for text in manifests(toy):
         manifest = json.loads(text)
         assert len(open_sealed(toy.store, manifest)) == manifest["rows"]

@@ -23,7 +23,7 @@ from tda.factors import load_factors, save_factors
 from tda.query import answer
 from tda.recorded import load_run
 from tda.scoring import load_attribution
-from tests.toy import run_stages, toy_config, write_corpus
+from tests.toy import BY_SOURCE, run_stages, toy_config, write_corpus
 
 pytestmark = pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
 
@@ -419,28 +419,55 @@ def test_query_answers_from_the_store(done):
         answer("  ", config=config, workspace=workspace)
 
 
-def test_query_answers_the_same_through_sketches(done, monkeypatch):
-    """In a large store: all parts of a long text at once, rows found by sketches over all checkpoints, and scored exactly."""
-    from tda import query
+@pytest.mark.parametrize("changes", [{}, BY_SOURCE])
+def test_query_answers_the_same_through_sketches(done, monkeypatch, changes):
+    """In a large store: all parts of a long text at once, rows found by sketches, and scored exactly."""
+    from tda import top_documents
+    from tda.query import answer
 
-    config, workspace = done
-    text = "The boat meets the tide. " * 40
-    exact = query.answer(text, config=config, workspace=workspace, top=5)
-    monkeypatch.setattr(query, "SKETCHED_BYTES", 0)
-    found = query.answer(text, config=config, workspace=workspace, top=5)
+    _config, workspace = done
+    config, text = toy_config(workspace.root, **changes), "The boat meets the tide. " * 40
+    exact = answer(text, config=config, workspace=workspace, top=5)
+    monkeypatch.setattr(top_documents, "SKETCHED_BYTES", 0)
+    for sketch in workspace.store.glob("*.sketch"):
+        sketch.unlink()
+    found = answer(text, config=config, workspace=workspace, top=5)
     for side in ("helped", "hurt"):
         assert [told["doc_id"] for told in found[side]] == [told["doc_id"] for told in exact[side]]
         scores = [[told["score"] for told in answered[side]] for answered in (found, exact)]
         np.testing.assert_allclose(*scores, rtol=1e-4)
-    sketches = list(workspace.store.glob("*.sketch"))
-    assert len(sketches) == sum(len(segment.checkpoints) for segment in load_segments(workspace))
+    num = sum(len(segment.checkpoints) for segment in load_segments(workspace)) if changes else 1
+    assert len(list(workspace.store.glob("*.sketch"))) == num
+
+
+def test_a_query_is_answered_by_averaged_influence_of_full_gradients(done, monkeypatch):
+    from tda import top_documents
+    from tda.averaged_influence import row_scores
+    from tda.data import load_documents
+    from tda.query import answer
+    from tda.target_influence import ANSWER, mean_place, mean_response
+
+    config, workspace = done
+    documents, targets = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
+    place = mean_place(config, workspace, documents, targets.select([0]), ANSWER)
+    expected = dict(zip(documents.ids, row_scores(place, mean_response(place))[0], strict=True))
+    monkeypatch.setattr("tda.query._as_documents", lambda *_, **__: targets.select([0]))
+    found = answer("any", config=config, workspace=workspace, top=5)
+    best = sorted(expected, key=expected.get)
+    assert [told["doc_id"] for told in found["helped"]] == best[:-6:-1]
+    assert [told["doc_id"] for told in found["hurt"]] == best[:5]
+    monkeypatch.setattr(top_documents, "CANDIDATES", 8)
+    for answered in (found, answer("any", config=config, workspace=workspace, top=5)):
+        for told in (*answered["helped"], *answered["hurt"]):
+            assert told["score"] == pytest.approx(expected[told["doc_id"]], rel=1e-3)
 
 
 def test_scores_are_those_of_a_query_that_is_a_target(done):
-    """`query` on a target's own text gives that target's column of the stored scores."""
+    """By SOURCE, `query` on a target's own text gives that target's column of the stored scores."""
     from tda.query import answer
 
-    config, workspace = done
+    _config, workspace = done
+    config = toy_config(workspace.root, **BY_SOURCE)
     targets = pl.read_parquet(workspace.targets).filter(half="score")
     text, target_id = targets["text"][0], targets["id"][0]
     place = read_json(workspace.scoring, stage="scores")["query_ids"].index(target_id)

@@ -1,31 +1,45 @@
 """The target set's scores from artifacts are those that the public function gives of the same run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tda.artifacts import Workspace
 from tda.attribute import attribute
+from tda.averaged_influence import row_scores
 from tda.data import load_documents
+from tda.factors import load_factors
+from tda.gradients import weighted_sum
+from tda.projection import random_projections
 from tda.recorded import load_run
-from tda.stages import prepare, segments, train
-from tda.target_influence import grouped, groups_for, target_influence
+from tda.target_influence import ANSWER, DECISION, influence_of_new, mean_place, mean_response, target_influence
 from tda.task import CausalLM
-from tests.toy import toy_config, write_corpus
+from tests.toy import run_stages, toy_config, write_corpus
 
 
 def trained(folder, **changes):
     write_corpus(folder)
     config, workspace = toy_config(folder, **changes), Workspace(folder)
-    prepare(config, workspace)
-    train(config, workspace)
-    segments(config, workspace)
+    run_stages(config, workspace, "prepare", "train", "segments", "curvature")
     return config, workspace
 
 
-def test_one_target_gets_the_scores_of_the_public_function(tmp_path):
+def start_there(monkeypatch):
+    """The solver starts from EK-FAC at the mean weights, as if the stored factors were in projected space."""
+
+    def projected(path):
+        held = load_factors(path)
+        return replace(held, projections=random_projections(held.layers, rank=1, seed=0))
+
+    monkeypatch.setattr("tda.target_influence.load_factors", projected)
+
+
+def test_one_target_gets_the_scores_of_the_public_function(tmp_path, monkeypatch):
     config, workspace = trained(tmp_path)
     documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score").select([0])
+    start_there(monkeypatch)
     scores = target_influence(config, workspace, documents, queries)
     expected = attribute(
         "averaged_influence",
@@ -34,7 +48,7 @@ def test_one_target_gets_the_scores_of_the_public_function(tmp_path):
         documents,
         queries,
         counterfactual_end=1.0,
-        rounds=6,
+        rounds=DECISION.rounds,
         curvature_examples=20,
         batch_size=256,
     )
@@ -59,29 +73,39 @@ def test_missing_optimizer_state_is_refused_unless_the_run_is_taken_for_sgd(tmp_
     assert load_run(workspace, needs_moments=False).optimizer.kind == "sgd"
 
 
-def test_groups_add_up_to_the_weighted_sum():
+def test_the_mean_over_all_tokens_is_a_weighted_sum_of_the_queries_gradients():
     G = {"layer": torch.randn(30, 2, 3, dtype=torch.float64)}
-    weights = np.random.default_rng(0).dirichlet(np.ones(30))
-    groups = grouped(G, weights, np.arange(30), num_groups=12)
-    assert groups["layer"].shape == (12, 2, 3)
-    expected = torch.einsum("q,qoi->oi", torch.from_numpy(weights).float().double(), G["layer"])
-    torch.testing.assert_close(groups["layer"].sum(dim=0), expected)
-    parts = [
-        grouped({"layer": G["layer"][rows]}, weights, rows, num_groups=12)["layer"] for rows in np.array_split(np.arange(30), 4)
-    ]
-    torch.testing.assert_close(sum(parts), groups["layer"])
+    weights = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(30)))
+    parts = [rows.tolist() for rows in np.array_split(np.random.default_rng(1).permutation(30), 4)]
+    total = weighted_sum((({"layer": G["layer"][rows]}, rows) for rows in parts), weights)
+    torch.testing.assert_close(total["layer"], torch.einsum("q,qoi->oi", weights, G["layer"])[None])
 
 
-def test_a_large_model_is_solved_for_fewer_groups_so_that_memory_stays_bounded():
-    assert groups_for(200, gradient=200_000) == 12
-    assert groups_for(5, gradient=200_000) == 5
-    assert groups_for(200, gradient=2**24) == 4
-    assert groups_for(200, gradient=10**9) == 1
-
-
-def test_one_group_has_nearly_the_scores_of_many(tmp_path, monkeypatch):
+def test_a_quick_answer_has_nearly_the_scores_of_a_decision(tmp_path):
     config, workspace = trained(tmp_path)
     documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
-    many = target_influence(config, workspace, documents, queries)
-    monkeypatch.setattr("tda.target_influence.BLOCK_VALUES", 1)
-    assert np.corrcoef(target_influence(config, workspace, documents, queries), many)[0, 1] > 0.99
+    place = mean_place(config, workspace, documents, queries, ANSWER)
+    quick = row_scores(place, mean_response(place))[0]
+    assert np.corrcoef(quick, target_influence(config, workspace, documents, queries))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"curvature__adam": "symmetric"}, {"curvature__space": "projected", "gradients__projection": "random"}]
+)
+def test_where_the_solver_starts_changes_little(tmp_path, monkeypatch, change):
+    config, workspace = trained(tmp_path, **change)
+    documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
+    scores = target_influence(config, workspace, documents, queries)
+    start_there(monkeypatch)
+    assert np.corrcoef(scores, target_influence(config, workspace, documents, queries))[0, 1] > 0.99
+
+
+def test_documents_that_training_has_not_seen_score_as_those_of_average_exposure(tmp_path):
+    config, workspace = trained(tmp_path)
+    documents, queries = load_documents(workspace.documents), load_documents(workspace.targets, half="score")
+    place = mean_place(config, workspace, documents, queries, ANSWER)
+    share = place.exposure[:, 0] * len(documents)
+    rows = [3, 11, 40]
+    scores = influence_of_new(config, workspace, documents, queries, new=documents.select(rows))
+    expected = target_influence(config, workspace, documents, queries)[rows] / share[rows]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6 * np.abs(scores).max())
