@@ -239,22 +239,18 @@ def embedding_pass(model: Decoder, load: Load) -> int:
 
 
 def product_pass(model: Decoder, load: Load, *, vectors: int) -> int:
-    """The Gauss-Newton matrix of all tracked layers times `vectors`: two forward passes, and forward and back for each vector.
+    """The Gauss-Newton matrix of all tracked layers times `vectors`: forward and back, and for each vector back twice.
 
-    Each matrix carries a tangent of its input and of its weight, on the way back two gradients. A tangent that is zero, of the
-    weight of a matrix that is not tracked, or of an input that nothing tracked lies below, is multiplied once for all vectors; if
-    both are, there is none.
+    On the way back each matrix has the gradients of its input, if something tracked lies below, and of its weight, if tracked.
     """
     first, group = _start(model)
     tracked = {layer.name for layer in model.tracked}
     body = [layer for layer in _without_head(model)[first:] if layer.group != group or layer.name in tracked]
-    one_way = sum(_weights(layer) * ((layer.group != group) + (layer.name in tracked)) for layer in body)
-    zeros = sum(_weights(layer) * ((layer.group == group) + (layer.name not in tracked)) for layer in body)
+    weights = sum(_weights(layer) * ((layer.group != group) + (layer.name in tracked)) for layer in body)
     attention = sum(block.width for block in model.attention if block.after > first)
     head = (2 if model.head_is_tracked else 1) * _head(model, load, logits=True)
-    once = 2 * forward(model, load, logits=True) + 2 * load.tokens * zeros
-    once += 0 if model.head_is_tracked else _head(model, load, logits=True)
-    return once + vectors * (4 * load.tokens * one_way + 2 * head + 16 * load.squares * attention)
+    back = 2 * load.tokens * weights + head + 8 * load.squares * attention
+    return forward(model, load, logits=True) + (1 + 2 * vectors) * back
 
 
 # algebra on factors

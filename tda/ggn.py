@@ -21,6 +21,8 @@ from tda.parallel import DEVICE_ERRORS
 from tda.task import Task
 
 Product = Callable[[Float[Tensor, "query value"]], Float[Tensor, "query value"]]
+BACK_TWICE_ON = ("cpu",)  # kinds of device, where it is faster; on others, all vectors are multiplied together in forward mode
+TWICE = 1e-3  # rounding of a check that second derivatives are whole
 
 
 def pack(matrices: dict[str, Float[Tensor, "*query d_out d_in"]], layers: Sequence[Layer]) -> Float[Tensor, "*query value"]:
@@ -39,7 +41,8 @@ def gauss_newton_product(
 ) -> Product:
     """Products with G, the mean over the rows of `batches`; `weight` is `w` above.
 
-    Uses forward-mode derivatives, or two backward passes for a model with operations that have none.
+    Two backward passes for each vector, through a graph that all share, or forward-mode derivatives of all vectors together: by
+    the device, and the other way for a model with operations that lack what the one needs.
 
     Raises:
         ValueError: the model is in training mode.
@@ -71,37 +74,62 @@ def gauss_newton_product(
     @torch.enable_grad()
     def back_twice(batch: Batch | TensorBatch, v: Tensor) -> Tensor:
         """J v without forward mode: the derivative of J^T u by u, applied to v."""
+        nonlocal checked
         matrices = {name: matrix.detach().requires_grad_() for name, matrix in weights.items()}
-        held = [matrices[layer.name] for layer in layers]
         z = outputs(matrices, batch)
         u = torch.zeros_like(z, requires_grad=True)
-        Ju = torch.autograd.grad(z, held, u, create_graph=True, materialize_grads=True)
+        pulled = torch.autograd.grad(z, list(matrices.values()), u, create_graph=True, allow_unused=True)
+        Ju = {name: G for name, G in zip(matrices, pulled, strict=True) if G is not None}
+        if not checked:
+            _check_twice_differentiable(z, matrices, Ju, u)
+            checked = True
         leaf = z.detach().requires_grad_()
         (slopes,) = torch.autograd.grad(task.output_losses(leaf, batch).sum(), leaf, create_graph=True)
         products = []
         for tangent in v:
             directions = unpack(tangent, layers)
-            (Jv,) = torch.autograd.grad(Ju, u, [directions[layer.name] for layer in layers], retain_graph=True)
+            (Jv,) = torch.autograd.grad(list(Ju.values()), u, [directions[name] for name in Ju], retain_graph=True)
             (HJv,) = torch.autograd.grad(slopes, leaf, Jv, retain_graph=True)
-            products.append(torch.cat([part.flatten() for part in torch.autograd.grad(z, held, HJv, retain_graph=True)]))
+            back = torch.autograd.grad(z, list(matrices.values()), HJv, retain_graph=True, materialize_grads=True)
+            products.append(torch.cat([part.flatten() for part in back]))
         return torch.stack(products)
 
-    multiply = forward_and_back
+    checked = False
+    ways = [forward_and_back, back_twice]
+    if next(iter(weights.values())).device.type in BACK_TWICE_ON:
+        ways.reverse()
 
     def product(v: Float[Tensor, "query value"]) -> Float[Tensor, "query value"]:
-        nonlocal multiply
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward and no second derivative
             try:
-                return sum(multiply(batch, v) for batch in batches) * (weight / num_rows)
+                return sum(ways[0](batch, v) for batch in batches) * (weight / num_rows)
             except DEVICE_ERRORS:
                 raise
-            except RuntimeError:  # an operation has no forward derivative, or none that `torch.func` finds
-                if multiply is back_twice:
+            except RuntimeError:  # an operation has no such derivative, or none that `torch.func` finds
+                if len(ways) == 1:
                     raise
-                multiply = back_twice
+                ways.pop(0)
         return product(v)
 
     return product
+
+
+def _check_twice_differentiable(z: Tensor, held: dict[str, Tensor], Ju: dict[str, Tensor], u: Tensor) -> None:
+    """Refuse a derivative of J^T u that lacks a part: autograd is silent about functions that can be differentiated only once.
+
+    If v is J^T w divided by its square, in every layer, w J v is the number of layers.
+    """
+    w = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+    once = torch.autograd.grad(z, [held[name] for name in Ju], w, retain_graph=True)
+    squares = [part.square().sum() for part in once]
+    v = [torch.where(square > 0, part / square, 0) for part, square in zip(once, squares, strict=True)]
+    (Jv,) = torch.autograd.grad(list(Ju.values()), u, v, retain_graph=True)
+    found, expected = (w * Jv).sum().item(), sum(int(square > 0) for square in squares)
+    if abs(found - expected) > TWICE * expected:
+        raise RuntimeError(
+            f"Gauss-Newton products: second derivatives reach {found:.4g} of {expected} layers; expected a model that can be "
+            "differentiated twice, or in forward mode; look for functions that are once_differentiable, or that cut the graph"
+        )
 
 
 def _matrix(layer: Layer, module: nn.Module) -> Tensor:

@@ -163,6 +163,7 @@ def test_passes_that_follow_the_embedding(case):
     assert count_flops(squares) == costs.embedding_pass(whole, load)
     product = gauss_newton_product(model, followed, list(batches(documents, batch_tokens=TOKENS)), task=CausalLM(), weight=1.0)
     v = torch.randn(3, whole.gradient, dtype=torch.float64)
+    product(v[:1])  # the first product checks derivatives
     assert count_flops(lambda: product(v)) == costs.product_pass(whole, load, vectors=3)
 
 
@@ -172,6 +173,7 @@ def test_gauss_newton_products(case, vectors):
     held = list(batches(documents, batch_tokens=TOKENS))
     product = gauss_newton_product(model, layers, held, task=CausalLM(), weight=1.0)
     v = torch.randn(vectors, shapes.gradient, dtype=torch.float64)
+    product(v[:1])  # the first product checks derivatives
     assert count_flops(lambda: product(v)) == costs.product_pass(shapes, load, vectors=vectors)
 
 

@@ -61,12 +61,16 @@ def test_gauss_newton_products_are_those_of_the_dense_matrix(kind):
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "conv", "llama", "gpt2"])
-def test_products_without_forward_derivatives_are_the_same(kind, monkeypatch):
+def test_products_in_forward_mode_or_by_going_back_twice_are_the_same(kind, monkeypatch):
     model, task, data = model_of(kind)
     layers = tracked_layers(model, PATTERNS.get(kind, ".*"), probe=lambda model: task.losses(model, data.batch([0])))
     held = list(batches(data, batch_tokens=3))
     v = torch.randn(2, sum(layer.d_out * layer.d_in for layer in layers), dtype=torch.float64)
     expected = gauss_newton_product(model, layers, held, task=task, weight=0.3)(v)
+    monkeypatch.setattr("tda.ggn.BACK_TWICE_ON", ())
+    torch.testing.assert_close(
+        gauss_newton_product(model, layers, held, task=task, weight=0.3)(v), expected, **(SINGLE if kind == "llama" else {})
+    )
 
     def refused(*_arguments):
         raise NotImplementedError("Trying to use forward AD with an operation that does not support it")
@@ -74,7 +78,7 @@ def test_products_without_forward_derivatives_are_the_same(kind, monkeypatch):
     monkeypatch.setattr("tda.ggn.jvp", refused)
     product = gauss_newton_product(model, layers, held, task=task, weight=0.3)
     for _ in range(2):
-        torch.testing.assert_close(product(v), expected, **(SINGLE if kind == "llama" else {}))
+        assert torch.equal(product(v), expected)
 
 
 def test_a_device_without_memory_is_not_tried_the_other_way(monkeypatch):
@@ -85,6 +89,7 @@ def test_a_device_without_memory_is_not_tried_the_other_way(monkeypatch):
         asked.append(True)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr("tda.ggn.BACK_TWICE_ON", ())
     monkeypatch.setattr("tda.ggn.jvp", full)
     product = gauss_newton_product(model, layers, list(batches(data, batch_tokens=99)), task=task, weight=1.0)
     v = torch.ones(1, sum(layer.d_out * layer.d_in for layer in layers), dtype=torch.float64)
@@ -108,24 +113,86 @@ class OldStyle(torch.autograd.Function):
         return g * x.cos()
 
 
-def test_a_function_that_torch_func_refuses_takes_the_other_way():
-    class Model(nn.Module):
-        def __init__(self, bend):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second, self.bend = nn.Linear(5, 4), nn.Linear(4, 3), bend
+class OnceOnly(torch.autograd.Function):
+    """A function that has forward derivatives and cannot be differentiated twice."""
 
-        def forward(self, x):
-            return self.second(self.bend(self.first(x)))
+    generate_vmap_rule = True
 
-    models = [Model(bend).double().eval() for bend in (OldStyle.apply, torch.sin)]
-    data = Examples(torch.randn(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,)))
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return t * x.cos()
+
+
+class Bent(nn.Module):
+    """Two layers with a function between them; the others are used only if an input is large."""
+
+    def __init__(self, bend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third, self.bend = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 3), bend
+
+    def forward(self, x):
+        h = self.bend(self.first(x))
+        return self.second(h) + self.third(h) if x.max() > 1 else self.second(h)
+
+
+@pytest.mark.parametrize("first_way", ["forward", "back twice"])
+@pytest.mark.parametrize("bend", [OldStyle.apply, OnceOnly.apply], ids=["torch.func refuses", "once differentiable"])
+def test_a_function_that_one_way_refuses_takes_the_other(bend, first_way, monkeypatch):
+    monkeypatch.setattr("tda.ggn.BACK_TWICE_ON", ("cpu",) if first_way == "back twice" else ())
+    models = [Bent(one).double().eval() for one in (bend, torch.sin)]
+    data = Examples(1 + torch.rand(6, 5, dtype=torch.float64), torch.randint(0, 3, (6,)))
     products = []
     for model in models:
         layers = tracked_layers(model, probe=lambda model: model(data.x))
         product = gauss_newton_product(model, layers, [data.batch(range(6))], task=Classification(), weight=1.0)
-        products.append(product(torch.eye(39, dtype=torch.float64)))
+        products.append(product(torch.eye(54, dtype=torch.float64)))
     torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("ways", [("cpu",), ()], ids=["back twice", "forward"])
+def test_a_layer_that_a_batch_does_not_use_has_no_curvature_there(ways, monkeypatch):
+    monkeypatch.setattr("tda.ggn.BACK_TWICE_ON", ways)
+    model = Bent(OldStyle.apply if ways else torch.sin).double().eval()
+    data = Examples(torch.tensor([[2.0], [0.5]], dtype=torch.float64) * torch.ones(2, 5), torch.tensor([0, 2]))
+    layers = tracked_layers(model, probe=lambda model: model(data.x))
+    product = gauss_newton_product(model, layers, list(batches(data, batch_tokens=1)), task=Classification(), weight=1.0)
+    total = 0.0
+    for row in range(2):
+        batch = data.batch([row])
+        plain = Bent(torch.sin).double().eval()
+        outputs = plain(batch.x)
+        J = torch.stack([
+            pack(
+                {layer.name: layer_matrix(plain.get_submodule(layer.name), *_gradients(plain, layer, z)) for layer in layers},
+                layers,
+            )
+            for z in outputs[0]
+        ])
+        p = outputs[0].softmax(dim=0).detach()
+        total = total + J.T @ (p.diag() - p[:, None] * p) @ J / 2
+    torch.testing.assert_close(product(torch.eye(54, dtype=torch.float64)), total)
+
+
+def _gradients(model, layer, value):
+    module = model.get_submodule(layer.name)
+    return torch.autograd.grad(value, [module.weight, module.bias], retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "conv", "llama"])
