@@ -80,6 +80,7 @@ def audit(
         "checks": [asdict(check) for check in checks],
         "previous": before["name"] if before else None,
         "scope": config.audit.scope,
+        "method": config.scores.answering,
         "num_documents": len(table),
         "num_new": num_new,
         "new_documents": counts,

@@ -71,7 +71,7 @@ def audit_scores(config: Config, workspace: Workspace) -> AuditScores:
 
 
 def _known_scores(config: Config, workspace: Workspace, trained: pl.DataFrame) -> pl.Series:
-    column = "score_averaged_influence" if config.scores.averaged_influence else "score_source"
+    column = f"score_{config.scores.answering}"
     scores = read_table(workspace.scores, stage="scores", columns=["doc_id", "content_hash", column])
     if not scores.select(id="doc_id", content_hash="content_hash").equals(trained.select("id", "content_hash")):
         raise ValueError(

@@ -194,6 +194,11 @@ class Scores(Section):
     damping: float = Field(gt=0)  # of the EK-FAC influence baseline, in mean eigenvalues of the layer
     seed: Seed  # of the random baseline
 
+    @property
+    def answering(self) -> str:
+        """The method that answers queries and audits: the most accurate that there is."""
+        return "averaged_influence" if self.averaged_influence else "source"
+
 
 class Curation(Section):
     """What is done with the scores."""

@@ -39,7 +39,7 @@ def test_first_audit_has_nothing_to_compare_with(fake):
     assert facts["previous"] is None
     assert facts["checks"][0]["limit"] == 0
     page = result.report.read_text()
-    assert "no earlier audit" in page and "scored by SOURCE" in page
+    assert "no earlier audit" in page and "scored by averaged influence" in page
 
 
 def test_second_audit_measures_what_changed(fake):
