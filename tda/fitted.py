@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tda.counterfactual import Retrain, Retraining, retrained
-from tda.data import Batch, Data, Documents, Examples, TensorBatch, batch_plan
+from tda.data import Batch, Data, Documents, Examples, TensorBatch, batch_plan, batches
 from tda.ekfac import Diagonal, squared_gradients
 from tda.factors import SegmentFactors
 from tda.fit_factors import fit_factors
@@ -231,8 +231,7 @@ class Fitted:
     def query_gradients_at(self, checkpoint: int, queries: Data | None = None) -> Gradients:
         """Full gradients of the mean cost per term of the queries, or of these, at a checkpoint, in the queries' order."""
         queries = self.queries if queries is None else queries
-        batches = (queries.batch(rows).to(self.device) for rows in batch_plan(queries.lengths, batch_tokens=self.batch_size))
-        held, order = query_gradients(self.model(checkpoint), self.layers, batches, task=self.task)
+        held, order = query_gradients(self.model(checkpoint), self.layers, self._in_batches(queries), task=self.task)
         place = torch.from_numpy(np.argsort(order)).to(self.device)
         finite = torch.stack([G.flatten(1).isfinite().all(dim=1) for G in held.values()]).all(dim=0)[place]
         if not finite.all():
@@ -243,11 +242,12 @@ class Fitted:
             )
         return {name: G[place] for name, G in held.items()}
 
-    def batches(self, data: Data | None = None) -> Iterator:
-        """The training data, or `data`, in batches of similar length."""
-        data = self.train if data is None else data
-        for rows in batch_plan(data.lengths, batch_tokens=self.batch_size):
-            yield data.batch(rows).to(self.device)
+    def batches(self) -> Iterator:
+        """The training data in batches of similar length."""
+        return self._in_batches(self.train)
+
+    def _in_batches(self, data: Data) -> Iterator:
+        return (batch.to(self.device) for batch in batches(data, batch_tokens=self.batch_size))
 
     def _batches_of(self, rows: np.ndarray) -> list[Batch | TensorBatch]:
         plan = batch_plan(self.train.lengths[rows], batch_tokens=self.batch_size)
@@ -257,7 +257,7 @@ class Fitted:
         """(row, query) dot products of `queries` with the gradients of the summed losses of all training rows, or of `data`."""
         model = self.model(checkpoint)
         dots = np.zeros((len(self.train if data is None else data), len(next(iter(queries.values())))))
-        for batch in self.batches(data):
+        for batch in self.batches() if data is None else self._in_batches(data):
             dots[batch.rows] = gradient_dots(model, self.layers, batch, task=self.task, queries=queries).double().cpu().numpy()
         return dots
 
